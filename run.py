@@ -1,0 +1,160 @@
+"""The one door to this project.
+
+    python run.py lab        open the notebooks in JupyterLab
+    python run.py test       prove everything: style, types, tests, notebooks
+    python run.py notebooks  execute the notebooks and store their outputs
+
+Each sets up `.venv` first: once, and again when requirements.lock changes.
+Further words go to the tool behind: `python run.py lab --no-browser`,
+`python run.py test -k timeline`, `python run.py notebooks 01_make_one_call`.
+"""
+# Standard library only, and no syntax newer than Python 3.6, so that an old
+# Python can read this file and be told that it is too old.
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Mapping, NoReturn, Optional
+
+ROOT = Path(__file__).resolve().parent
+NOTEBOOKS = ROOT / "notebooks"
+LOCK = ROOT / "requirements.lock"
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+STAMP = VENV / "installed.txt"  # what the environment was made from
+
+
+def fail(sentence: str) -> NoReturn:
+    """Say what is wrong and what to do, and leave with exit code 2."""
+    print("run.py: " + sentence, file=sys.stderr)
+    sys.exit(2)
+
+
+def call(*words: object, environment: Optional[Mapping[str, str]] = None) -> int:
+    """Run a command in the project's folder; return its exit code."""
+    process = subprocess.Popen(
+        [str(word) for word in words], cwd=str(ROOT), env=environment
+    )
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the command was interrupted too: let it end
+            pass
+
+
+def set_up() -> None:
+    """Make `.venv` hold exactly what requirements.lock names."""
+    wanted = "python {}.{}, lock {}\n".format(
+        *sys.version_info[:2], hashlib.sha256(LOCK.read_bytes()).hexdigest()
+    )
+    if STAMP.exists() and PYTHON.exists() and STAMP.read_text() == wanted:
+        return
+    print("Setting up .venv, once; this takes a minute or two.", flush=True)
+    uv = shutil.which("uv")
+    if uv:
+        make = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, VENV]
+        pip = [
+            uv,
+            "pip",
+            "install",
+            "--quiet",
+        ]
+        pip += ["--python", PYTHON]
+    else:
+        make = [sys.executable, "-m", "venv", "--clear", VENV]
+        pip = [PYTHON, "-m", "pip", "install", "--quiet"]
+        pip += ["--disable-pip-version-check"]
+    if call(*make):
+        fail(
+            "could not make the virtual environment {}. On Debian and Ubuntu "
+            "the package python3-venv is needed.".format(VENV)
+        )
+    locked = pip + ["--require-hashes", "-r", LOCK]
+    ours = pip + ["--no-deps", "--no-build-isolation", "-e", ROOT]
+    if call(*locked) or call(*ours):
+        fail(
+            "could not install the packages of requirements.lock; the reason "
+            "stands above. The first run needs the network, or a package index "
+            "that pip is set up to reach. Then run the same command again."
+        )
+    STAMP.write_text(wanted)
+
+
+def lab(*words: str) -> int:
+    """Open JupyterLab on the notebooks."""
+    options = [
+        "--ServerApp.root_dir={}".format(NOTEBOOKS),
+        "--LabApp.default_url=/lab/tree/00_start_here.ipynb",
+        # Ask nothing of the network: no check for updates, no news.
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.news_url=None",
+    ]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.append("--allow-root")  # in a container there is no other user
+    return call(PYTHON, "-m", "jupyterlab", *options, *words)
+
+
+def test(*words: str) -> int:
+    """Prove everything; the first tool that finds something ends the run."""
+    steps = [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["pytest", *words],
+    ]
+    for step in steps:
+        print("---", *step, flush=True)
+        code = call(PYTHON, "-m", *step)
+        if code:
+            return code
+    return 0
+
+
+def notebooks(*names: str) -> int:
+    """Execute all notebooks, or the ones named, and store their outputs."""
+    paths = [NOTEBOOKS / (Path(name).stem + ".ipynb") for name in names]
+    for path in paths:
+        if not path.exists():
+            fail("there is no notebook {}.".format(path.relative_to(ROOT)))
+    options = [
+        "--to=notebook",
+        "--execute",
+        "--inplace",
+        "--ExecutePreprocessor.timeout=120",
+        "--ExecutePreprocessor.record_timing=False",
+        "--ExecutePreprocessor.store_widget_state=False",
+        # Of the notebook's own metadata, keep what no machine changes.
+        "--ClearMetadataPreprocessor.enabled=True",
+        "--ClearMetadataPreprocessor.clear_cell_metadata=False",
+        "--ClearMetadataPreprocessor.preserve_nb_metadata_mask="
+        "{'kernelspec', ('language_info', 'name')}",
+    ]
+    paths = paths or sorted(NOTEBOOKS.glob("*.ipynb"))
+    return call(PYTHON, "-m", "nbconvert", *options, *paths)
+
+
+COMMANDS = {"lab": lab, "test": test, "notebooks": notebooks}
+
+
+def main(words: "list[str]") -> int:
+    """Do what the words say; return the exit code."""
+    if sys.version_info < (3, 11):
+        fail(
+            "this project needs Python 3.11 or newer, and this is Python {}.{}. "
+            "Start it with a newer one, for example: python3.13 run.py".format(
+                *sys.version_info[:2]
+            )
+        )
+    if not words or words[0] not in COMMANDS:
+        print(__doc__)
+        found = "no word" if not words else repr(words[0])
+        fail("wanted one of {}; got {}.".format(", ".join(COMMANDS), found))
+    set_up()
+    return COMMANDS[words[0]](*words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

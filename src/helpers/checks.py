@@ -1,0 +1,43 @@
+"""A claim that is checked where it is made."""
+
+import ast
+import inspect
+from types import FrameType
+
+from executing import Source
+
+
+def check(claim: str, holds: bool) -> None:
+    """Print the claim with a tick, or raise with the figures it rests on.
+
+        check("two calls were in flight at once", run.peak_in_flight == 2)
+
+    Raises AssertionError where `holds` is false; its message gives the
+    condition as written and the value of each name in it.
+    """
+    if holds:
+        print(f"✓ {claim}")
+        return
+    frame = inspect.currentframe()
+    caller = frame.f_back if frame else None
+    raise AssertionError(f"✗ {claim}{_figures(caller) if caller else ''}")
+
+
+def _figures(caller: FrameType) -> str:
+    """The condition that the caller wrote, and the plain values in it."""
+    call = Source.executing(caller).node
+    if not isinstance(call, ast.Call) or len(call.args) < 2:
+        return ""
+    condition = call.args[1]
+    lines = [f"\n  not so: {ast.unparse(condition)}"]
+    for node in ast.walk(condition):
+        if isinstance(node, ast.Name | ast.Attribute):
+            source = ast.unparse(node)
+            try:
+                value = eval(source, caller.f_globals, caller.f_locals)
+            except Exception:  # a name of an inner scope: nothing to show
+                continue
+            line = f"\n  {source} = {value!r}"
+            if isinstance(value, int | float | str) and line not in lines:
+                lines.append(line)
+    return "".join(lines)

@@ -1,0 +1,107 @@
+"""Timelines as a picture: PNG, because every viewer of notebooks shows it."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+if TYPE_CHECKING:
+    from .timeline import Attempt, Timeline
+
+WIDTH, DPI = 9.0, 110  # inches; dots an inch
+LANE = 0.24  # inches of height for a lane, as long as there are few
+MOST = 3.6  # inches of height for all lanes of one run
+LABELLED = 14  # more lanes than these are too thin for labels
+LETTER = 0.066  # inches of width for a letter of a label
+TITLE, LEGEND = 0.3, 0.5  # inches above each run, and below the last
+
+# Okabe and Ito's colours; a state is told by hatch and mark as well.
+BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+STYLES: dict[str, dict[str, Any]] = {
+    "waiting for the first byte": {"facecolor": "#CCE3F0", "edgecolor": BLUE},
+    "receiving": {"facecolor": BLUE, "edgecolor": BLUE},
+    "failed ×": {"facecolor": "#F7DFCC", "edgecolor": VERMILLION, "hatch": "xxx"},
+    "cancelled /": {"facecolor": "#E0E0E0", "edgecolor": GREY, "hatch": "///"},
+    "in flight >": {"facecolor": "white", "edgecolor": GREEN, "hatch": "..."},
+}
+MARKED = {style.split(" ")[0]: style for style in list(STYLES)[2:]}
+MARKED["in flight"] = "in flight >"
+
+
+def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
+    """The runs under one another on one time axis, as a PNG file."""
+    lanes = [run.lanes for run in runs]
+    heights = [min(LANE * max(len(each), 1.4), MOST) for each in lanes]
+    above = 0.17 * (table.count("\n") + 2) if table else 0.0
+    height = above + sum(heights) + TITLE * len(runs) + LEGEND
+    seconds = max(max(run.wall for run in runs), 0.001)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+    top = 1 - 0.1 / height
+    figure.text(0.02, top, table, va="top", family="monospace", size=8.5)
+    used: set[str] = set()
+    y = height - above
+    for run, run_lanes, tall in zip(runs, lanes, heights, strict=True):
+        y -= TITLE + tall
+        axes = figure.add_axes((0.02, y / height, 0.96, tall / height))
+        used |= _draw(axes, run_lanes, seconds)
+        title = run.name if table else run.sentence
+        axes.set_title(title, loc="left", size=9, pad=4)
+        axes.tick_params(labelbottom=run is runs[-1], labelsize=8)
+    axes.set_xlabel("seconds", size=8, labelpad=1, loc="left")
+    handles = [Patch(label=name, **STYLES[name]) for name in STYLES if name in used]
+    figure.legend(
+        handles=handles, loc="lower right", ncols=5, frameon=False, fontsize=8
+    )
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
+    """One run's lanes, the first on top; returns the styles that it used."""
+    bars: dict[str, list[tuple[int, float, float]]] = {}
+    thin = len(lanes) > LABELLED
+    for row, lane in enumerate(lanes):
+        for attempt in lane:
+            start, first, end = attempt.arrival, attempt.first_byte, attempt.end
+            marked = MARKED.get(attempt.state)
+            if marked:
+                bars.setdefault(marked, []).append((row, start, end))
+            else:
+                waiting, receiving = list(STYLES)[:2]
+                bars.setdefault(waiting, []).append((row, start, first))
+                bars.setdefault(receiving, []).append((row, first, end))
+            if not thin:
+                _label(axes, row, attempt, seconds)
+    for style, drawn in bars.items():
+        axes.barh(
+            [row for row, _, _ in drawn],
+            [end - start for _, start, end in drawn],
+            left=[start for _, start, _ in drawn],
+            height=1.0 if thin else 0.82,
+            linewidth=0.3 if thin else 0.8,
+            **STYLES[style],
+        )
+    axes.set_xlim(0, seconds)
+    axes.set_ylim(max(len(lanes), 1) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return set(bars)
+
+
+def _label(axes: Axes, row: int, attempt: "Attempt", seconds: float) -> None:
+    """The prompt's first words in the bar, as many as it has room for."""
+    mark = MARKED.get(attempt.state, "")[-1:]
+    text = f"{mark} {attempt.label}".strip()
+    room = int((attempt.end - attempt.arrival) / seconds * WIDTH / LETTER) - 2
+    if room < 4:
+        return
+    if len(text) > room:
+        text = text[: room - 1].rstrip() + "…"
+    outline = [withStroke(linewidth=2, foreground="white")]
+    x = attempt.arrival + seconds * 0.006
+    axes.text(x, row, text, va="center", size=8, path_effects=outline)

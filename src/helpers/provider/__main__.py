@@ -1,0 +1,85 @@
+"""Run the provider: python -m helpers.provider --port 8000"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import threading
+
+from aiohttp import web
+
+from .app import Provider
+
+HOST = "127.0.0.1"  # loopback only, never 0.0.0.0
+POLL = 0.5  # seconds between two looks at who the parent is
+
+
+async def serve(port: int, parent: int | None) -> int:
+    """Serve until stopped; where a parent is given, until it is gone."""
+    runner = web.AppRunner(
+        Provider().app(),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=0.1,
+    )
+    await runner.setup()
+    site = web.TCPSite(runner, HOST, port, backlog=4096)
+    try:
+        await site.start()
+    except OSError as error:
+        print(
+            f"The provider cannot listen on port {port}: {error.strerror}. "
+            "Choose another --port, or 0 for a free one.",
+            file=sys.stderr,
+        )
+        return 2
+    port = runner.addresses[0][1]
+    ready = {"url": f"http://{HOST}:{port}", "pid": os.getpid()}
+    print(json.dumps(ready), flush=True)
+    if parent is None:
+        await asyncio.Event().wait()
+    else:
+        await _parent_gone(parent)
+    await runner.cleanup()
+    return 0
+
+
+async def _parent_gone(parent: int) -> None:
+    """Return when standard input ends or the parent process changes.
+
+    Either alone can fail: a process forked from the parent may hold the pipe
+    open after its death, and Windows never changes a parent.
+    """
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def watch_input() -> None:
+        while os.read(0, 4096):
+            pass
+        loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=watch_input, daemon=True).start()
+    while not ended.is_set() and (os.name == "nt" or os.getppid() == parent):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), POLL)
+
+
+def main() -> int:
+    """Read the command line and serve."""
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.provider",
+        description="A local server that plays OpenAI; point OPENAI_BASE_URL at "
+        "its address followed by /v1, or LLM_PROVIDER_URL at its address.",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
+    parser.add_argument("--parent", type=int, help="end when this process has ended")
+    options = parser.parse_args()
+    try:
+        return asyncio.run(serve(options.port, options.parent))
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

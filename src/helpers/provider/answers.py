@@ -1,0 +1,41 @@
+"""What the stub says: texts from answers.toml, by prompt."""
+
+import re
+import tomllib
+from functools import cache
+from importlib.resources import files
+
+from .behaviour import digest
+
+# A rough tokenizer, as no table can be fetched: up to six letters or digits,
+# or one other sign, with the white space before it.
+_TOKEN = re.compile(r"\s*(?:\w{1,6}|[^\w\s])|\s+\Z")
+
+
+def tokens(text: str) -> list[str]:
+    """The text cut into tokens; joined, they give the text again."""
+    return _TOKEN.findall(text)
+
+
+def answer(prompt: str) -> str:
+    """The stub's answer; white space and case of the prompt do not matter."""
+    key = _normal(prompt)
+    known = _texts().get(key)
+    if known is not None:
+        return known
+    return (
+        "I am a stub and know no answer to this prompt. "
+        f"To others I would answer otherwise: {digest(key)[:8]}."
+    )
+
+
+def _normal(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
+@cache
+def _texts() -> dict[str, str]:
+    table = tomllib.loads(
+        files(__package__).joinpath("answers.toml").read_text("utf-8")
+    )
+    return {_normal(prompt): text.strip() for prompt, text in table.items()}

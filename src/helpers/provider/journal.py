@@ -1,0 +1,120 @@
+"""The journal: one entry for each HTTP attempt, on one clock."""
+
+import asyncio
+import dataclasses
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any
+
+PREVIEW = 80  # characters of a prompt that the journal keeps
+KEPT = 20_000  # attempts that the journal keeps; older ones are dropped
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One HTTP request; times are seconds since the provider's start."""
+
+    number: int
+    route: str
+    attempt: int
+    """1 for a first try; 2, 3, … for a client's own retries of it."""
+    arrival: float
+    first_byte: float | None = None
+    end: float | None = None
+    status: int | None = None
+    """HTTP status; None as long as none was sent."""
+    disconnected: bool = False
+    """Whether the client hung up before it had the whole answer."""
+    model: str = ""
+    prompt: str = ""
+    stream: bool = False
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def state(self) -> str:
+        """in flight, cancelled (the client hung up), failed or answered."""
+        if self.end is None:
+            return "in flight"
+        if self.disconnected:
+            return "cancelled"
+        return "failed" if (self.status or 500) >= 400 else "answered"
+
+
+class Journal:
+    """Every attempt of late, and sums over all since the last reset."""
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self._start = time.perf_counter()
+        self._attempts: deque[Attempt] = deque(maxlen=kept)
+        self._next = 0
+        self.reset()
+
+    def now(self) -> float:
+        """Seconds since the provider's start."""
+        return time.perf_counter() - self._start
+
+    def reset(self) -> None:
+        """Forget what has ended and begin the sums anew.
+
+        Numbers go on, and calls in flight stay, so that a reader who marked
+        a place in the journal is not misled.
+        """
+        open_attempts = [entry for entry in self._attempts if entry.end is None]
+        self._attempts.clear()
+        self._attempts.extend(open_attempts)
+        self._in_flight = self._peak = len(open_attempts)
+        self._statuses: Counter[str] = Counter()
+        self._sums = Counter(requests=0, prompt_tokens=0, completion_tokens=0)
+
+    def arrive(self, route: str, attempt: int) -> Attempt:
+        """Open an entry: a request's head has been read."""
+        entry = Attempt(self._next, route, attempt, self.now())
+        self._next += 1
+        self._attempts.append(entry)
+        self._sums["requests"] += 1
+        self._in_flight += 1
+        self._peak = max(self._peak, self._in_flight)
+        return entry
+
+    def first_byte(self, entry: Attempt, status: int) -> None:
+        """Note that the answer has begun to leave."""
+        entry.first_byte, entry.status = self.now(), status
+
+    def end(self, entry: Attempt, *, disconnected: bool = False) -> None:
+        """Close an entry: answered in full, or the client has gone."""
+        entry.end, entry.disconnected = self.now(), disconnected
+        self._in_flight -= 1
+        self._statuses["disconnected" if disconnected else str(entry.status)] += 1
+        self._sums["prompt_tokens"] += entry.prompt_tokens
+        self._sums["completion_tokens"] += entry.completion_tokens
+
+    async def since(self, number: int, settle: float = 0) -> dict[str, Any]:
+        """The attempts from this number on that have arrived by now, as JSON.
+
+        Those still in flight are given `settle` seconds to end: a client can
+        be done, or have hung up, a moment before this process sees it.
+        `dropped` counts the attempts asked for that are no longer kept.
+        """
+        now, until = self.now(), self._next
+        found = [entry for entry in self._attempts if number <= entry.number < until]
+        while any(entry.end is None for entry in found) and self.now() < now + settle:
+            await asyncio.sleep(0.01)
+        return {
+            "now": now,
+            "next": until,
+            "dropped": max(until - number, 0) - len(found),
+            "attempts": [
+                {**dataclasses.asdict(entry), "state": entry.state} for entry in found
+            ],
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the last reset."""
+        return {
+            **self._sums,
+            "in_flight": self._in_flight,
+            "peak_in_flight": self._peak,
+            "statuses": dict(self._statuses),
+        }

@@ -1,0 +1,272 @@
+"""What the provider saw of a piece of code: numbers, a picture, a text.
+
+    with Timeline("two threads") as run:
+        ...
+    run
+
+Every figure comes from the provider's journal and its clock.
+"""
+
+import html
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from .connection import ProviderError, current
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+
+SETTLE = 0.25  # seconds that the provider may take to see a call's end
+REDRAW = 0.1  # seconds between two redraws of a live timeline
+COLUMNS = 48  # characters of a bar in the text
+ROWS = 20  # bars in the text; of more, the first are shown
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One HTTP attempt; times are seconds from the run's start."""
+
+    prompt: str
+    attempt: int
+    """1, or more for a client's own retries."""
+    state: str
+    """answered, failed, cancelled (the client hung up) or in flight."""
+    arrival: float
+    first_byte: float
+    """Where none came: the end."""
+    end: float
+    """Where it is still in flight: the run's end."""
+
+    @property
+    def label(self) -> str:
+        """The prompt on one line, with the retry's number before it."""
+        retry = f"(retry {self.attempt - 1}) " if self.attempt > 1 else ""
+        return retry + " ".join(self.prompt.split())
+
+
+class Timeline:
+    """A `with` block around calls; afterwards, what the provider saw of them.
+
+    Shown at the end of a cell it draws itself. With `live=True` it also shows
+    itself while the block runs, redrawn about ten times a second.
+
+    Raises ProviderError where there is no provider, or where the journal no
+    longer holds the whole run.
+    """
+
+    def __init__(self, name: str, *, live: bool = False) -> None:
+        self.name = name
+        self.journal: list[Attempt] = []
+        """Every HTTP attempt of the run, in order of arrival."""
+        self.wall = 0.0
+        """Seconds from the block's start to its end."""
+        self._live = _Live(self) if live else None
+
+    @property
+    def attempts(self) -> int:
+        """HTTP attempts, a client's own retries included."""
+        return len(self.journal)
+
+    @property
+    def calls(self) -> int:
+        """Attempts that were not a retry."""
+        return sum(attempt.attempt == 1 for attempt in self.journal)
+
+    @property
+    def retried(self) -> int:
+        """Attempts that were a client's own retry."""
+        return self.attempts - self.calls
+
+    @property
+    def failed(self) -> int:
+        """Attempts that were answered with an error."""
+        return sum(attempt.state == "failed" for attempt in self.journal)
+
+    @property
+    def cancelled(self) -> int:
+        """Attempts whose client hung up before it had the whole answer."""
+        return sum(attempt.state == "cancelled" for attempt in self.journal)
+
+    @property
+    def waits(self) -> float:
+        """The seconds that the attempts took, added up."""
+        return sum(attempt.end - attempt.arrival for attempt in self.journal)
+
+    @property
+    def overlap(self) -> float:
+        """The waits, added up, over the wall time: 1 where one follows another."""
+        return self.waits / self.wall if self.wall else 0.0
+
+    @property
+    def peak_in_flight(self) -> int:
+        """The most attempts that were in flight at one moment."""
+        return len(self.lanes)
+
+    @property
+    def lanes(self) -> list[list[Attempt]]:
+        """The attempts packed into as few lanes as hold them side by side."""
+        lanes: list[list[Attempt]] = []
+        for attempt in self.journal:
+            for lane in lanes:
+                if lane[-1].end <= attempt.arrival:
+                    lane.append(attempt)
+                    break
+            else:
+                lanes.append([attempt])
+        return lanes
+
+    @property
+    def sentence(self) -> str:
+        """What the picture says, in one sentence."""
+        retried = f" ({self.retried} retried)" if self.retried else ""
+        counts = [f"{self.calls} calls" if self.calls != 1 else "1 call"]
+        counts[0] += retried
+        counts += [f"{self.failed} failed"] if self.failed else []
+        counts += [f"{self.cancelled} cancelled"] if self.cancelled else []
+        return (
+            f"{self.name}: {', '.join(counts)}, at most {self.peak_in_flight} in "
+            f"flight, {self.wall:.2f} s; the waits add up to {self.waits:.2f} s."
+        )
+
+    @staticmethod
+    def compare(*runs: "Timeline") -> "Comparison":
+        """Several runs on one time axis, and a table of their figures."""
+        return Comparison(runs)
+
+    def __enter__(self) -> Self:
+        self._provider = current()
+        mark = self._provider.ask(f"/_provider/journal?since={10**12}")
+        self._since, self._start = mark["next"], mark["now"]
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        try:
+            self._read(settle=SETTLE)
+        except ProviderError:
+            if error is None:  # the block's own error says more
+                raise
+        finally:
+            if self._live:
+                self._live.stop()
+
+    def __repr__(self) -> str:
+        return "\n".join([self.sentence, *text_bars(self)])
+
+    def _repr_png_(self) -> bytes:
+        from .picture import png  # only now: a run must not pay for matplotlib
+
+        return png([self])
+
+    def _read(self, settle: float = 0) -> None:
+        """Take in what the journal holds of this run so far."""
+        query = f"since={self._since}&settle={settle}"
+        page = self._provider.ask(f"/_provider/journal?{query}")
+        if page["dropped"]:
+            raise ProviderError(
+                f"{page['dropped']} attempts of {self.name!r} are no longer in the "
+                "provider's journal: it was reset, or the run was longer than "
+                "what it keeps. Put fewer calls in one Timeline."
+            )
+        self.wall = page["now"] - self._start
+        self.journal = []
+        for entry in page["attempts"]:
+            end = page["now"] if entry["end"] is None else entry["end"]
+            first_byte = end if entry["first_byte"] is None else entry["first_byte"]
+            self.journal.append(
+                Attempt(
+                    prompt=entry["prompt"] or entry["route"],
+                    attempt=entry["attempt"],
+                    state=entry["state"],
+                    arrival=entry["arrival"] - self._start,
+                    first_byte=first_byte - self._start,
+                    end=end - self._start,
+                )
+            )
+
+
+class Comparison:
+    """Several runs, drawn on one time axis under a table of their figures."""
+
+    def __init__(self, runs: tuple[Timeline, ...]) -> None:
+        self.runs = runs
+
+    @property
+    def table(self) -> str:
+        """Wall time, calls, peak in flight, and the waits added up."""
+        width = max(len(run.name) for run in self.runs)
+        rows = [f"{'':{width}}  {'wall':>8}  calls  in flight  {'waits':>8}  overlap"]
+        rows += [
+            f"{run.name:{width}}  {run.wall:6.2f} s  {run.calls:5}  "
+            f"{run.peak_in_flight:9}  {run.waits:6.2f} s  {run.overlap:5.1f} ×"
+            for run in self.runs
+        ]
+        return "\n".join(rows)
+
+    def __repr__(self) -> str:
+        longest = max(run.wall for run in self.runs)
+        lines = [self.table]
+        for run in self.runs:
+            lines += [run.name, *text_bars(run, longest)]
+        return "\n".join(lines)
+
+    def _repr_png_(self) -> bytes:
+        from .picture import png
+
+        return png(self.runs, table=self.table)
+
+
+def text_bars(run: Timeline, seconds: float | None = None) -> list[str]:
+    """One line a call: its prompt, a bar on an axis of `seconds`, its time.
+
+    In a bar, ░ is waiting for the first byte and █ receiving; the last sign
+    is × after an error, / where the client hung up, > still in flight.
+    """
+    scale = (COLUMNS - 1) / max(seconds or run.wall, 1e-9)
+    marks = {"answered": "█", "failed": "×", "cancelled": "/", "in flight": ">"}
+    lines = []
+    for attempt in run.journal[:ROWS]:
+        moments = attempt.arrival, attempt.first_byte, attempt.end
+        start, first, last = (int(moment * scale) for moment in moments)
+        bar = " " * start + "░" * (first - start) + "█" * (last - first)
+        bar += marks[attempt.state]
+        took = attempt.end - attempt.arrival
+        lines.append(f"  {attempt.label[:24]:24} |{bar:{COLUMNS}}| {took:.2f} s")
+    if run.attempts > ROWS:
+        lines.append(f"  … and {run.attempts - ROWS} more")
+    return lines
+
+
+class _Live:
+    """Shows a timeline while it runs, as text: a picture would cost too much."""
+
+    def __init__(self, run: Timeline) -> None:
+        self._run = run
+        self._done = threading.Event()
+
+    def start(self) -> None:
+        from IPython.display import display
+
+        frame = self._frame()
+        self._handle: DisplayHandle = display(frame, raw=True, display_id=True)
+        self._thread = threading.Thread(target=self._redraw, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+        self._handle.update(self._run)
+
+    def _redraw(self) -> None:
+        while not self._done.wait(REDRAW):
+            try:
+                self._run._read()
+            except ProviderError:
+                return  # the block's end will say so
+            self._handle.update(self._frame(), raw=True)
+
+    def _frame(self) -> dict[str, str]:
+        text = repr(self._run)
+        return {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
