@@ -56,13 +56,7 @@ def set_up() -> None:
     uv = shutil.which("uv")
     if uv:
         make = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, VENV]
-        pip = [
-            uv,
-            "pip",
-            "install",
-            "--quiet",
-        ]
-        pip += ["--python", PYTHON]
+        pip = [uv, "pip", "install", "--quiet", "--python", PYTHON]
     else:
         make = [sys.executable, "-m", "venv", "--clear", VENV]
         pip = [PYTHON, "-m", "pip", "install", "--quiet"]

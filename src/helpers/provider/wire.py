@@ -231,6 +231,14 @@ class Chat(Generation):
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @cached_property
+    def usage(self) -> Json:
+        details = {
+            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        }
+        return super().usage | details
+
     def head(self, key: str, kind: str) -> Json:
         return {**super().head(key, kind), "service_tier": "default"}
 
