@@ -11,7 +11,9 @@ Further words go to the tool behind: `python run.py lab --no-browser`,
 # Standard library only, and no syntax newer than Python 3.6, so that an old
 # Python can read this file and be told that it is too old.
 
+import base64
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ NOTEBOOKS = ROOT / "notebooks"
 LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+PICTURE = NOTEBOOKS / "timelines.png"  # what README.md shows
 STAMP = VENV / "installed.txt"  # what the environment was made from
 
 
@@ -127,7 +130,21 @@ def notebooks(*names: str) -> int:
         "{'kernelspec', ('language_info', 'name')}",
     ]
     paths = paths or sorted(NOTEBOOKS.glob("*.ipynb"))
-    return call(PYTHON, "-m", "nbconvert", *options, *paths)
+    code = call(PYTHON, "-m", "nbconvert", *options, *paths)
+    PICTURE.write_bytes(last_picture(NOTEBOOKS / "00_start_here.ipynb"))
+    return code
+
+
+def last_picture(notebook: Path) -> bytes:
+    """The last PNG among a notebook's stored outputs: the one in the README."""
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pictures = [
+        output["data"]["image/png"]
+        for output in outputs
+        if "image/png" in output.get("data", {})
+    ]
+    return base64.b64decode("".join(pictures[-1]))
 
 
 COMMANDS = {"lab": lab, "test": test, "notebooks": notebooks}

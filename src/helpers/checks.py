@@ -1,7 +1,7 @@
 """A claim that is checked where it is made."""
 
 import ast
-import inspect
+import sys
 from types import FrameType
 
 from executing import Source
@@ -18,9 +18,7 @@ def check(claim: str, holds: bool) -> None:
     if holds:
         print(f"✓ {claim}")
         return
-    frame = inspect.currentframe()
-    caller = frame.f_back if frame else None
-    raise AssertionError(f"✗ {claim}{_figures(caller) if caller else ''}")
+    raise AssertionError(f"✗ {claim}{_figures(sys._getframe(1))}")
 
 
 def _figures(caller: FrameType) -> str:

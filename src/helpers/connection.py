@@ -1,18 +1,17 @@
 """Start, find and stop the provider, and point the OpenAI clients at it."""
 
 import contextlib
+import http.client
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-START_LIMIT = 30  # seconds; a start takes well under one on a quiet machine
 FILES_WANTED = 8192  # open files: one a connection, and macOS begins with 256
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -20,15 +19,14 @@ _current: "Provider | None" = None
 
 
 class ProviderError(RuntimeError):
-    """The provider could not be started, found, or told something."""
+    """The provider could not be started, or does not answer."""
 
 
 class Provider:
     """The server that plays OpenAI, as a notebook sees it."""
 
     def __init__(self, url: str, process: subprocess.Popen[str] | None = None) -> None:
-        self.url = url
-        """Its address; the OpenAI API stands under /v1."""
+        self.url = url  # the OpenAI API stands under /v1
         self._process = process
 
     def __repr__(self) -> str:
@@ -41,10 +39,7 @@ class Provider:
         return self._process.poll() if self._process else None
 
     def configure(self, **settings: Any) -> dict[str, Any]:
-        """Change settings and return all of them; see `connect` for their names.
-
-        Raises ValueError for an unknown name or a value out of range.
-        """
+        """Change settings, see `connect`; returns all. ValueError for a bad one."""
         config: dict[str, Any] = self.ask("/_provider/config", "PATCH", settings)
         return config
 
@@ -62,14 +57,9 @@ class Provider:
         finally:
             self.configure(**{name: before[name] for name in settings})
 
-    def stats(self) -> dict[str, Any]:
-        """Requests, tokens, calls in flight and their peak, answers by status."""
-        stats: dict[str, Any] = self.ask("/_provider/stats")
-        return stats
-
     def stop(self) -> None:
         """End the provider's process, if this process started it."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process:
             self._process.terminate()
             self._process.wait()
 
@@ -80,21 +70,27 @@ class Provider:
         ValueError where it refuses the request.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, method=method)
         try:
+            request = urllib.request.Request(self.url + path, data, method=method)
             with _opener.open(request, timeout=10) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace")
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                reason = json.loads(reason)["error"]
-            raise ValueError(f"the provider refused: {reason}") from None
-        except (OSError, ValueError) as error:
-            raise ProviderError(self._lost(error)) from None
+            if error.code != 400:  # another server's answer
+                raise ProviderError(self.lost(error)) from None
+            raise ValueError(f"refused: {json.load(error)['error']}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ProviderError(self.lost(error)) from None
 
-    def _lost(self, error: Exception) -> str:
+    def lost(self, error: Exception | None = None) -> str:
+        """What to tell a reader whom the provider does not answer."""
+        if self._process:  # its socket may be closed a moment before its end
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
         if self.exit_code is not None:
-            return ended_message(self.exit_code)
+            return (
+                f"The provider has ended (exit code {self.exit_code}). Run connect() "
+                "again: it starts a new one, at the same address where it can."
+            )
         return (
             f"No provider answers at {self.url} ({error}). If LLM_PROVIDER_URL "
             "is set, start one there (python -m helpers.provider --port 8000) "
@@ -117,14 +113,16 @@ def connect(**settings: Any) -> Provider:
     a setting that does not exist or is out of range.
     """
     global _current
+    _raise_file_limit()
     url = os.environ.get("LLM_PROVIDER_URL", "").rstrip("/")
     if url:
         _current = Provider(url)
-    elif _current is None or _current.exit_code is not None:
-        _current = _start(_current.url if _current else None)
+    elif _current is None or _current._process is None:
+        _current = _start(None)
+    elif _current.exit_code is not None:
+        _current = _start(_current.url)
     _current.configure(**settings)
     _set_environment(_current.url)
-    _raise_file_limit()
     _tell_when_it_ends()
     return _current
 
@@ -134,14 +132,6 @@ def current() -> Provider:
     if _current is None:
         raise ProviderError("There is no provider yet: run connect() first.")
     return _current
-
-
-def ended_message(exit_code: int) -> str:
-    """What to tell a reader whose provider has gone."""
-    return (
-        f"The provider has ended (exit code {exit_code}), so calls cannot be "
-        "answered. Run connect() again: it starts a new one at the same address."
-    )
 
 
 def _start(earlier: str | None) -> Provider:
@@ -161,10 +151,7 @@ def _start(earlier: str | None) -> Provider:
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )
     assert process.stdout is not None
-    too_long = threading.Timer(START_LIMIT, process.kill)
-    too_long.start()
     ready = process.stdout.readline()
-    too_long.cancel()
     if ready:
         return Provider(json.loads(ready)["url"], process)
     process.wait()
@@ -184,22 +171,25 @@ def _set_environment(url: str) -> None:
     environ["OPENAI_BASE_URL"] = environ["OPENAI_API_BASE"] = f"{url}/v1"
     environ["OPENAI_API_KEY"] = environ.get("OPENAI_API_KEY") or "stub"
     environ.setdefault("LANGSMITH_TRACING", "false")
-    for name in ("NO_PROXY", "no_proxy"):
-        hosts = [host for host in environ.get(name, "").split(",") if host]
-        missing = {"127.0.0.1", "localhost"}.difference(hosts)
-        environ[name] = ",".join(hosts + sorted(missing))
+    if not urllib.request.getproxies():
+        return  # and no NO_PROXY: LangChain would warn of a proxy set-up
+    # Where both are set, the clients read the second name only.
+    listed = environ.get("no_proxy", environ.get("NO_PROXY", ""))
+    hosts = [host.strip() for host in listed.split(",") if host.strip()]
+    if "*" not in hosts:
+        hosts += sorted({"127.0.0.1", "localhost"}.difference(hosts))
+    environ["NO_PROXY"] = environ["no_proxy"] = ",".join(hosts)
 
 
 def _raise_file_limit() -> None:
     """Let this process open enough sockets for the larger lessons."""
-    if sys.platform == "win32":
-        return
-    import resource
+    if sys.platform != "win32":
+        import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < FILES_WANTED:  # below 0: as many as wanted
+            wanted = min(hard, FILES_WANTED) if hard >= 0 else FILES_WANTED
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _tell_when_it_ends() -> None:
@@ -212,4 +202,4 @@ def _tell_when_it_ends() -> None:
 
 def _notice(result: object) -> None:
     if _current is not None and _current.exit_code is not None:
-        print(ended_message(_current.exit_code), file=sys.stderr)
+        print(_current.lost(), file=sys.stderr)

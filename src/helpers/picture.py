@@ -21,15 +21,15 @@ TITLE, LEGEND = 0.3, 0.5  # inches above each run, and below the last
 
 # Okabe and Ito's colours; a state is told by hatch and mark as well.
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+WAITING, RECEIVING = "waiting for the first byte", "receiving"
 STYLES: dict[str, dict[str, Any]] = {
-    "waiting for the first byte": {"facecolor": "#CCE3F0", "edgecolor": BLUE},
-    "receiving": {"facecolor": BLUE, "edgecolor": BLUE},
+    WAITING: {"facecolor": "#CCE3F0", "edgecolor": BLUE},
+    RECEIVING: {"facecolor": BLUE, "edgecolor": BLUE},
     "failed ×": {"facecolor": "#F7DFCC", "edgecolor": VERMILLION, "hatch": "xxx"},
     "cancelled /": {"facecolor": "#E0E0E0", "edgecolor": GREY, "hatch": "///"},
     "in flight >": {"facecolor": "white", "edgecolor": GREEN, "hatch": "..."},
 }
-MARKED = {style.split(" ")[0]: style for style in list(STYLES)[2:]}
-MARKED["in flight"] = "in flight >"
+MARKED = {style[:-2]: style for style in list(STYLES)[2:]}  # by state
 
 
 def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
@@ -40,16 +40,14 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
     height = above + sum(heights) + TITLE * len(runs) + LEGEND
     seconds = max(max(run.wall for run in runs), 0.001)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-    top = 1 - 0.1 / height
-    figure.text(0.02, top, table, va="top", family="monospace", size=8.5)
+    figure.text(0.02, 1 - 0.1 / height, table, va="top", family="monospace", size=8.5)
     used: set[str] = set()
     y = height - above
     for run, run_lanes, tall in zip(runs, lanes, heights, strict=True):
         y -= TITLE + tall
         axes = figure.add_axes((0.02, y / height, 0.96, tall / height))
         used |= _draw(axes, run_lanes, seconds)
-        title = run.name if table else run.sentence
-        axes.set_title(title, loc="left", size=9, pad=4)
+        axes.set_title(run.name if table else run.sentence, loc="left", size=9, pad=4)
         axes.tick_params(labelbottom=run is runs[-1], labelsize=8)
     axes.set_xlabel("seconds", size=8, labelpad=1, loc="left")
     handles = [Patch(label=name, **STYLES[name]) for name in STYLES if name in used]
@@ -68,27 +66,20 @@ def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
     for row, lane in enumerate(lanes):
         for attempt in lane:
             start, first, end = attempt.arrival, attempt.first_byte, attempt.end
-            marked = MARKED.get(attempt.state)
-            if marked:
-                bars.setdefault(marked, []).append((row, start, end))
-            else:
-                waiting, receiving = list(STYLES)[:2]
-                bars.setdefault(waiting, []).append((row, start, first))
-                bars.setdefault(receiving, []).append((row, first, end))
+            pieces = [(WAITING, start, first), (RECEIVING, first, end)]
+            if attempt.state in MARKED:
+                pieces = [(MARKED[attempt.state], start, end)]
+            for style, left, right in pieces:
+                bars.setdefault(style, []).append((row, left, right - left))
             if not thin:
                 _label(axes, row, attempt, seconds)
+    size: dict[str, float] = (
+        {"height": 1.0, "linewidth": 0.3} if thin else {"height": 0.8}
+    )
     for style, drawn in bars.items():
-        axes.barh(
-            [row for row, _, _ in drawn],
-            [end - start for _, start, end in drawn],
-            left=[start for _, start, _ in drawn],
-            height=1.0 if thin else 0.82,
-            linewidth=0.3 if thin else 0.8,
-            **STYLES[style],
-        )
-    axes.set_xlim(0, seconds)
-    axes.set_ylim(max(len(lanes), 1) - 0.5, -0.5)
-    axes.set_yticks([])
+        rows, lefts, widths = zip(*drawn, strict=True)
+        axes.barh(rows, widths, left=lefts, **STYLES[style] | size)
+    axes.set(xlim=(0, seconds), ylim=(max(len(lanes), 1) - 0.5, -0.5), yticks=[])
     axes.spines[["top", "right", "left"]].set_visible(False)
     return set(bars)
 
@@ -97,11 +88,11 @@ def _label(axes: Axes, row: int, attempt: "Attempt", seconds: float) -> None:
     """The prompt's first words in the bar, as many as it has room for."""
     mark = MARKED.get(attempt.state, "")[-1:]
     text = f"{mark} {attempt.label}".strip()
-    room = int((attempt.end - attempt.arrival) / seconds * WIDTH / LETTER) - 2
+    room = int((attempt.end - attempt.arrival) / seconds * WIDTH / LETTER) - 3
     if room < 4:
         return
     if len(text) > room:
         text = text[: room - 1].rstrip() + "…"
-    outline = [withStroke(linewidth=2, foreground="white")]
+    outline = [withStroke(linewidth=3, foreground="white")]
     x = attempt.arrival + seconds * 0.006
     axes.text(x, row, text, va="center", size=8, path_effects=outline)

@@ -7,15 +7,13 @@
 Every figure comes from the provider's journal and its clock.
 """
 
+import contextlib
 import html
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
 from .connection import ProviderError, current
-
-if TYPE_CHECKING:
-    from IPython.display import DisplayHandle
 
 SETTLE = 0.25  # seconds that the provider may take to see a call's end
 REDRAW = 0.1  # seconds between two redraws of a live timeline
@@ -61,7 +59,7 @@ class Timeline:
         """Every HTTP attempt of the run, in order of arrival."""
         self.wall = 0.0
         """Seconds from the block's start to its end."""
-        self._live = _Live(self) if live else None
+        self._live = live
 
     @property
     def attempts(self) -> int:
@@ -119,14 +117,12 @@ class Timeline:
     @property
     def sentence(self) -> str:
         """What the picture says, in one sentence."""
-        retried = f" ({self.retried} retried)" if self.retried else ""
-        counts = [f"{self.calls} calls" if self.calls != 1 else "1 call"]
-        counts[0] += retried
-        counts += [f"{self.failed} failed"] if self.failed else []
-        counts += [f"{self.cancelled} cancelled"] if self.cancelled else []
+        counts = "1 call" if self.calls == 1 else f"{self.calls} calls"
+        for word in ("retried", "failed", "cancelled"):
+            counts += f", {getattr(self, word)} {word}" if getattr(self, word) else ""
         return (
-            f"{self.name}: {', '.join(counts)}, at most {self.peak_in_flight} in "
-            f"flight, {self.wall:.2f} s; the waits add up to {self.waits:.2f} s."
+            f"{self.name}: {counts}, at most {self.peak_in_flight} in flight, "
+            f"{self.wall:.2f} s; the waits add up to {self.waits:.2f} s."
         )
 
     @staticmethod
@@ -139,21 +135,42 @@ class Timeline:
         mark = self._provider.ask(f"/_provider/journal?since={10**12}")
         self._since, self._start = mark["next"], mark["now"]
         if self._live:
-            self._live.start()
+            self._show()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        if self._live:
+            self._ended.set()
+            self._thread.join()
         try:
             self._read(settle=SETTLE)
         except ProviderError:
             if error is None:  # the block's own error says more
                 raise
-        finally:
-            if self._live:
-                self._live.stop()
+        if self._live:
+            self._handle.update(self)
+
+    def _show(self) -> None:
+        """Draw while the block runs, as text: a picture would cost too much."""
+        from IPython.display import display
+
+        def frame() -> dict[str, str]:
+            text = repr(self)
+            return {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
+
+        def redraw() -> None:
+            with contextlib.suppress(ProviderError):  # the block's end will say so
+                while not self._ended.wait(REDRAW):
+                    self._read()
+                    self._handle.update(frame(), raw=True)
+
+        self._handle: Any = display(frame(), raw=True, display_id=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=redraw, daemon=True)
+        self._thread.start()
 
     def __repr__(self) -> str:
-        return "\n".join([self.sentence, *text_bars(self)])
+        return "\n".join([self.sentence, *_bars(self)])
 
     def _repr_png_(self) -> bytes:
         from .picture import png  # only now: a run must not pay for matplotlib
@@ -166,36 +183,27 @@ class Timeline:
         page = self._provider.ask(f"/_provider/journal?{query}")
         if page["dropped"]:
             raise ProviderError(
-                f"{page['dropped']} attempts of {self.name!r} are no longer in the "
-                "provider's journal: it was reset, or the run was longer than "
-                "what it keeps. Put fewer calls in one Timeline."
+                f"{page['dropped']} attempts of {self.name!r} are gone from the journal"
+                ": it was reset, or keeps less than this. Time fewer calls in one run."
             )
         self.wall = page["now"] - self._start
         self.journal = []
         for entry in page["attempts"]:
-            end = page["now"] if entry["end"] is None else entry["end"]
-            first_byte = end if entry["first_byte"] is None else entry["first_byte"]
-            self.journal.append(
-                Attempt(
-                    prompt=entry["prompt"] or entry["route"],
-                    attempt=entry["attempt"],
-                    state=entry["state"],
-                    arrival=entry["arrival"] - self._start,
-                    first_byte=first_byte - self._start,
-                    end=end - self._start,
-                )
-            )
+            end = entry["end"] or page["now"]
+            moments = entry["arrival"], entry["first_byte"] or end, end
+            prompt = entry["prompt"] or entry["route"]
+            since_start = (moment - self._start for moment in moments)
+            attempt = Attempt(prompt, entry["attempt"], entry["state"], *since_start)
+            self.journal.append(attempt)
 
 
+@dataclass(frozen=True)
 class Comparison:
     """Several runs, drawn on one time axis under a table of their figures."""
 
-    def __init__(self, runs: tuple[Timeline, ...]) -> None:
-        self.runs = runs
+    runs: tuple[Timeline, ...]
 
-    @property
-    def table(self) -> str:
-        """Wall time, calls, peak in flight, and the waits added up."""
+    def __repr__(self) -> str:
         width = max(len(run.name) for run in self.runs)
         rows = [f"{'':{width}}  {'wall':>8}  calls  in flight  {'waits':>8}  overlap"]
         rows += [
@@ -205,26 +213,19 @@ class Comparison:
         ]
         return "\n".join(rows)
 
-    def __repr__(self) -> str:
-        longest = max(run.wall for run in self.runs)
-        lines = [self.table]
-        for run in self.runs:
-            lines += [run.name, *text_bars(run, longest)]
-        return "\n".join(lines)
-
     def _repr_png_(self) -> bytes:
         from .picture import png
 
-        return png(self.runs, table=self.table)
+        return png(self.runs, table=repr(self))
 
 
-def text_bars(run: Timeline, seconds: float | None = None) -> list[str]:
-    """One line a call: its prompt, a bar on an axis of `seconds`, its time.
+def _bars(run: Timeline) -> list[str]:
+    """One line a call: its prompt, a bar on the run's axis, its seconds.
 
     In a bar, ░ is waiting for the first byte and █ receiving; the last sign
     is × after an error, / where the client hung up, > still in flight.
     """
-    scale = (COLUMNS - 1) / max(seconds or run.wall, 1e-9)
+    scale = (COLUMNS - 1) / max(run.wall, 1e-9)
     marks = {"answered": "█", "failed": "×", "cancelled": "/", "in flight": ">"}
     lines = []
     for attempt in run.journal[:ROWS]:
@@ -237,36 +238,3 @@ def text_bars(run: Timeline, seconds: float | None = None) -> list[str]:
     if run.attempts > ROWS:
         lines.append(f"  … and {run.attempts - ROWS} more")
     return lines
-
-
-class _Live:
-    """Shows a timeline while it runs, as text: a picture would cost too much."""
-
-    def __init__(self, run: Timeline) -> None:
-        self._run = run
-        self._done = threading.Event()
-
-    def start(self) -> None:
-        from IPython.display import display
-
-        frame = self._frame()
-        self._handle: DisplayHandle = display(frame, raw=True, display_id=True)
-        self._thread = threading.Thread(target=self._redraw, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._done.set()
-        self._thread.join()
-        self._handle.update(self._run)
-
-    def _redraw(self) -> None:
-        while not self._done.wait(REDRAW):
-            try:
-                self._run._read()
-            except ProviderError:
-                return  # the block's end will say so
-            self._handle.update(self._frame(), raw=True)
-
-    def _frame(self) -> dict[str, str]:
-        text = repr(self._run)
-        return {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}

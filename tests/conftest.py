@@ -1,0 +1,54 @@
+import os
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+from openai import DefaultHttpxClient, OpenAI
+
+from helpers import connect, connection
+from helpers.connection import Provider
+from helpers.provider.behaviour import Settings
+
+
+@pytest.fixture(scope="session")
+def stopped_at_the_end() -> Iterator[None]:
+    yield
+    if connection._current is not None:
+        connection._current.stop()
+
+
+@pytest.fixture
+def provider(stopped_at_the_end: None) -> Iterator[Provider]:
+    """A provider process with default settings and an empty journal."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop("LLM_PROVIDER_URL", None)
+        provider = connect(**Settings().model_dump())
+        provider.ask("/_provider/journal?settle=5")
+        provider.ask("/_provider/reset", "POST")
+        yield provider
+
+
+@pytest.fixture(scope="session")
+def connections() -> Iterator[DefaultHttpxClient]:
+    # Shared, as each would load all certificates anew: 50 ms a test.
+    with DefaultHttpxClient() as connections:
+        yield connections
+
+
+@pytest.fixture
+def client(provider: Provider, connections: DefaultHttpxClient) -> OpenAI:
+    """The SDK's own client, as `OpenAI()` gives it, without retries."""
+    return OpenAI(max_retries=0, http_client=connections)
+
+
+@pytest.fixture
+def until_in_flight(provider: Provider) -> Callable[[int], None]:
+    """Wait until so many calls are in flight."""
+
+    def wait(calls: int) -> None:
+        deadline = time.monotonic() + 10
+        while (stats := provider.ask("/_provider/stats"))["in_flight"] != calls:
+            assert time.monotonic() < deadline, stats
+
+    return wait

@@ -1,0 +1,499 @@
+import asyncio
+import http.client
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
+
+from helpers.connection import Provider
+from helpers.provider.answers import answer, tokens
+from helpers.provider.app import BODY_MOST
+
+SKY = "Why is the sky blue?"
+FRANCE = "What is the capital of France?"
+HAMLET = "Who wrote Hamlet?"
+ROUTES = {"completion": "/v1/completions", "chat": "/v1/chat/completions"}
+
+Json = dict[str, Any]
+
+
+def request_body(kind: str, prompt: str = SKY, **options: Any) -> Json:
+    asked: Json = {"prompt": prompt}
+    if kind == "chat":
+        asked = {"messages": [{"role": "user", "content": prompt}]}
+    return {"model": "some-model"} | asked | options
+
+
+def endpoint(client: Any, kind: str) -> Any:
+    return client.completions if kind == "completion" else client.chat.completions
+
+
+def text_of(choice: Any) -> str:
+    """Of a choice or of a chunk's choice, in either API."""
+    if hasattr(choice, "text"):
+        return str(choice.text)
+    part = choice.delta if hasattr(choice, "delta") else choice.message
+    return part.content or ""
+
+
+def asynchronously(call: Callable[[AsyncOpenAI], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        async with AsyncOpenAI(max_retries=0) as client:
+            return await call(client)
+
+    return asyncio.run(main())
+
+
+def undocumented(value: Any) -> list[str]:
+    """Fields, at any depth, that the SDK's type does not have."""
+    if isinstance(value, list):
+        return [name for one in value for name in undocumented(one)]
+    if not isinstance(value, BaseModel):
+        return []
+    deeper = [name for _, one in value for name in undocumented(one)]
+    return list(value.model_extra or {}) + deeper
+
+
+@pytest.fixture
+def client(provider: Provider, client: OpenAI) -> OpenAI:
+    provider.configure(first_token=0, per_token=0)
+    return client
+
+
+@pytest.fixture
+def send(client: OpenAI, provider: Provider) -> Callable[..., tuple[int, Any, Any]]:
+    """Send bytes that no SDK would: gives the status, the JSON, the headers."""
+
+    def send(
+        method: str, path: str, body: bytes = b"", **headers: str
+    ) -> tuple[int, Any, Any]:
+        connection = http.client.HTTPConnection(
+            provider.url.removeprefix("http://"), timeout=30
+        )
+        try:
+            names = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, body, names)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read()), response.headers
+        finally:
+            connection.close()
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("completion", Completion), ("chat", ChatCompletion)]
+)
+@pytest.mark.parametrize("options", [{}, {"n": 3}, {"max_tokens": 2}])
+def test_a_body_is_strictly_of_the_sdks_type_and_has_no_field_besides(
+    client: OpenAI, kind: str, expected: type[BaseModel], options: Json
+) -> None:
+    raw = endpoint(client, kind).with_raw_response.create(
+        **request_body(kind, **options)
+    )
+    body = expected.model_validate_json(raw.text, strict=True)
+    assert raw.headers["content-type"].startswith("application/json")
+    assert undocumented(body) == []
+
+
+def events(client: OpenAI, kind: str, **options: Any) -> list[str]:
+    raw = endpoint(client, kind).with_raw_response.create(
+        **request_body(kind, stream=True, **options)
+    )
+    assert raw.headers["content-type"].startswith("text/event-stream")
+    lines = raw.http_response.read().decode().split("\n\n")
+    assert lines.pop() == ""
+    assert all(line.startswith("data: ") for line in lines)
+    return [line.removeprefix("data: ") for line in lines]
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 2}, {"max_tokens": 2}])
+def test_a_chat_chunk_is_strictly_of_the_sdks_type_and_has_no_field_besides(
+    client: OpenAI, options: Json
+) -> None:
+    *chunks, done = events(
+        client, "chat", stream_options={"include_usage": True}, **options
+    )
+    assert done == "[DONE]"
+    for chunk in chunks:
+        model = ChatCompletionChunk.model_validate_json(chunk, strict=True)
+        assert undocumented(model) == []
+
+
+def test_the_last_event_of_a_completion_is_of_the_sdks_type(client: OpenAI) -> None:
+    *chunks, last, done = events(client, "completion")
+    assert done == "[DONE]"
+    assert undocumented(Completion.model_validate_json(last, strict=True)) == []
+    # The SDK's type wants a reason in every event; the API sends null until the last.
+    reasons = [json.loads(chunk)["choices"][0]["finish_reason"] for chunk in chunks]
+    assert set(reasons) == {None}
+
+
+@pytest.mark.parametrize("kind", ROUTES)
+def test_the_async_client_gets_the_same_body_as_the_sync_client(
+    client: OpenAI, kind: str
+) -> None:
+    body = request_body(kind)
+    assert asynchronously(
+        lambda other: endpoint(other, kind).create(**body)
+    ) == endpoint(client, kind).create(**body)
+
+
+@pytest.mark.parametrize("kind", ROUTES)
+def test_the_answer_is_the_tables(client: OpenAI, kind: str) -> None:
+    [choice] = endpoint(client, kind).create(**request_body(kind)).choices
+    assert text_of(choice) == answer(SKY)
+    assert choice.finish_reason == "stop"
+
+
+def test_each_of_several_prompts_has_n_choices_in_their_order(client: OpenAI) -> None:
+    body = client.completions.create(model="m", prompt=[FRANCE, HAMLET], n=2)
+    assert [choice.index for choice in body.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in body.choices] == [
+        answer(FRANCE),
+        answer(FRANCE),
+        answer(HAMLET),
+        answer(HAMLET),
+    ]
+
+
+def test_a_list_of_one_prompt_is_that_prompt(client: OpenAI) -> None:
+    one = client.completions.create(model="m", prompt=SKY)
+    assert client.completions.create(model="m", prompt=[SKY]) == one
+
+
+def test_text_parts_of_a_message_are_read_as_one_text(client: OpenAI) -> None:
+    parts = [{"type": "text", "text": SKY[:5]}, {"type": "text", "text": SKY[5:]}]
+    messages: Any = [{"role": "user", "content": parts}]
+    in_parts = client.chat.completions.create(model="some-model", messages=messages)
+    assert in_parts == client.chat.completions.create(**request_body("chat"))
+
+
+def test_a_chat_is_answered_by_its_last_user_message(client: OpenAI) -> None:
+    messages: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": FRANCE},
+        {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": HAMLET},
+    ]
+    chat = client.chat.completions.create(model="m", messages=messages)
+    assert chat.choices[0].message.content == answer(HAMLET)
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens > len(tokens(HAMLET))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("completion", "max_tokens"),
+        ("chat", "max_tokens"),
+        ("chat", "max_completion_tokens"),
+    ],
+)
+def test_an_answer_longer_than_its_limit_is_cut_and_says_so(
+    client: OpenAI, kind: str, name: str
+) -> None:
+    whole = tokens(answer(SKY))
+    for limit, reason in [(4, "length"), (len(whole), "stop"), (999, "stop")]:
+        body = endpoint(client, kind).create(**request_body(kind, **{name: limit}))
+        assert text_of(body.choices[0]) == "".join(whole[:limit])
+        assert body.choices[0].finish_reason == reason
+        assert body.usage.completion_tokens == min(limit, len(whole))
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 3}, {"max_tokens": 3}])
+@pytest.mark.parametrize("kind", ROUTES)
+def test_a_stream_says_what_the_body_says(
+    client: OpenAI, kind: str, options: Json
+) -> None:
+    body = request_body(kind, **options)
+    whole = endpoint(client, kind).create(**body)
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(endpoint(client, kind).create(**body, **usage))
+
+    texts = dict.fromkeys(range(len(whole.choices)), "")
+    reasons: dict[int, str | None] = {}
+    for chunk in chunks:
+        assert (chunk.id, chunk.created) == (whole.id, whole.created)
+        for choice in chunk.choices:
+            texts[choice.index] += text_of(choice)
+            assert reasons.get(choice.index) is None
+            reasons[choice.index] = choice.finish_reason
+    assert list(texts.values()) == [text_of(choice) for choice in whole.choices]
+    assert reasons == {one.index: one.finish_reason for one in whole.choices}
+
+    *before, last = chunks
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert [chunk.usage for chunk in before] == [None] * len(before)
+
+
+@pytest.mark.parametrize("kind", ROUTES)
+def test_a_stream_has_no_usage_where_none_was_asked_for(
+    client: OpenAI, kind: str
+) -> None:
+    chunks = list(endpoint(client, kind).create(**request_body(kind, stream=True)))
+    assert all(chunk.choices and chunk.usage is None for chunk in chunks)
+    assert len(chunks) > len(tokens(answer(SKY)))
+
+
+def test_a_several_prompts_stream_keeps_their_texts_apart(client: OpenAI) -> None:
+    texts = ["", ""]
+    for chunk in client.completions.create(
+        model="m", prompt=[FRANCE, HAMLET], stream=True
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [answer(FRANCE), answer(HAMLET)]
+
+
+@pytest.mark.parametrize("kind", ROUTES)
+def test_an_async_stream_says_the_same(client: OpenAI, kind: str) -> None:
+    async def joined(other: AsyncOpenAI) -> str:
+        stream = await endpoint(other, kind).create(**request_body(kind, stream=True))
+        return "".join([text_of(chunk.choices[0]) async for chunk in stream])
+
+    assert asynchronously(joined) == answer(SKY)
+
+
+def test_a_stream_arrives_piece_by_piece(client: OpenAI, provider: Provider) -> None:
+    provider.configure(per_token=0.05)
+    stream = client.completions.create(model="m", prompt=FRANCE, stream=True)
+    next(iter(stream))
+    assert provider.ask("/_provider/stats")["in_flight"] == 1
+    stream.close()
+
+
+@pytest.mark.parametrize("awkward", ["日本語", "👩‍👩‍👧 ünï", "a\nb\tc", ""])
+@pytest.mark.parametrize("kind", ROUTES)
+def test_any_text_may_be_asked(client: OpenAI, kind: str, awkward: str) -> None:
+    body = request_body(kind, awkward)
+    [choice] = endpoint(client, kind).create(**body).choices
+    assert text_of(choice) == answer(awkward)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ROUTES)
+def test_the_headers_tell_the_request_and_the_time_it_took(
+    client: OpenAI, provider: Provider, kind: str, stream: bool
+) -> None:
+    provider.configure(first_token=0.05, jitter=0)
+    raw = endpoint(client, kind).with_raw_response.create(
+        **request_body(kind, stream=stream)
+    )
+    assert raw.request_id == raw.headers["x-request-id"]
+    assert raw.request_id.startswith("req_")
+    assert 50 <= int(raw.headers["openai-processing-ms"]) < 10_000
+    raw.http_response.close()
+
+
+def test_different_prompts_have_different_request_ids(client: OpenAI) -> None:
+    beginning = "A beginning that many prompts of a batch have in common, " * 3
+    ids = {
+        client.completions.create(model="m", prompt=beginning + end)._request_id
+        for end in ("one", "two")
+    }
+    assert len(ids) == 2
+
+
+def test_models_are_listed_and_found(client: OpenAI) -> None:
+    models = client.models.list().data
+    assert models
+    for model in models:
+        raw = client.models.with_raw_response.retrieve(model.id)
+        assert Model.model_validate_json(raw.text, strict=True) == model
+        assert undocumented(model) == []
+        assert raw.request_id.startswith("req_")
+
+
+def test_only_the_models_that_are_set_exist(client: OpenAI, provider: Provider) -> None:
+    provider.configure(models=["mine", "org/mine"])
+    assert [model.id for model in client.models.list()] == ["mine", "org/mine"]
+    assert client.models.retrieve("org/mine").id == "org/mine"
+    for kind in ROUTES:
+        endpoint(client, kind).create(**request_body(kind) | {"model": "mine"})
+        with pytest.raises(openai.NotFoundError, match="other"):
+            endpoint(client, kind).create(**request_body(kind) | {"model": "other"})
+    with pytest.raises(openai.NotFoundError) as error:
+        client.models.retrieve("other")
+    assert error.value.code == "model_not_found"
+    assert error.value.type == "invalid_request_error"
+
+
+MISSING, TYPE, VALUE = "missing_required_parameter", "invalid_type", "invalid_value"
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+
+WRONG_FIELDS: list[tuple[str, Json, str, str]] = [
+    ("completion", {"model": ...}, "model", MISSING),
+    ("completion", {"model": 5}, "model", TYPE),
+    ("completion", {"prompt": ...}, "prompt", MISSING),
+    ("completion", {"prompt": 5}, "prompt", TYPE),
+    ("completion", {"prompt": None}, "prompt", TYPE),
+    ("completion", {"prompt": ["a", 5]}, "prompt[1]", TYPE),
+    ("completion", {"prompt": [1, 2]}, "prompt[0]", TYPE),
+    ("completion", {"prompt": []}, "prompt", VALUE),
+    ("completion", {"n": 0}, "n", VALUE),
+    ("completion", {"n": 129}, "n", VALUE),
+    ("completion", {"n": "2"}, "n", TYPE),
+    ("completion", {"n": True}, "n", TYPE),
+    ("completion", {"max_tokens": 0}, "max_tokens", VALUE),
+    ("completion", {"stream": "yes"}, "stream", TYPE),
+    ("completion", {"stream_options": {}}, "stream_options", VALUE),
+    ("completion", {"stream": True, "stream_options": 5}, "stream_options", TYPE),
+    ("chat", {"messages": ...}, "messages", MISSING),
+    ("chat", {"messages": []}, "messages", VALUE),
+    ("chat", {"messages": "hello"}, "messages", TYPE),
+    ("chat", {"messages": ["hello"]}, "messages[0]", TYPE),
+    ("chat", {"messages": [{"content": "a"}]}, "messages[0].role", MISSING),
+    ("chat", {"messages": [{"role": "cat", "content": ""}]}, "messages[0].role", VALUE),
+    ("chat", {"messages": [{"role": "user"}]}, "messages[0]", VALUE),
+    (
+        "chat",
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages[0].content",
+        TYPE,
+    ),
+    (
+        "chat",
+        {"messages": [{"role": "user", "content": IMAGE}]},
+        "messages[0].content[0].type",
+        VALUE,
+    ),
+    ("chat", {"n": 129}, "n", VALUE),
+    ("chat", {"max_completion_tokens": 0}, "max_completion_tokens", VALUE),
+    ("chat", {"stream_options": {"include_usage": True}}, "stream_options", VALUE),
+]
+
+
+def assert_is_an_error(body: Any) -> Json:
+    """The body is OpenAI's error object, and written for a reader."""
+    assert set(body) == {"error"}
+    error: Json = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    for word in ("Traceback", 'File "', "'None'", "pydantic"):
+        assert word not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param", "code"),
+    WRONG_FIELDS,
+    ids=[f"{kind}-{json.dumps(one, default=str)}" for kind, one, _, _ in WRONG_FIELDS],
+)
+def test_a_wrong_field_is_refused_by_its_name(
+    send: Any, client: OpenAI, kind: str, fields: Json, param: str, code: str
+) -> None:
+    body = {
+        name: value
+        for name, value in (request_body(kind) | fields).items()
+        if value is not ...
+    }
+    status, answered, headers = send("POST", ROUTES[kind], json.dumps(body).encode())
+    error = assert_is_an_error(answered)
+    assert (status, error["param"], error["code"]) == (400, param, code)
+    assert param in error["message"]
+    assert headers["x-request-id"].startswith("req_")
+    assert client.completions.create(model="m", prompt=SKY).choices
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b'{"model": "m", "prompt":', id="cut short"),
+        pytest.param(b"hello", id="not JSON"),
+        pytest.param(b"[]", id="an array"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b'{"model": "m", "prompt": "\xff"}', id="invalid UTF-8"),
+        pytest.param(b'{"model": "m", "prompt": "\\ud83d"}', id="a lone surrogate"),
+        pytest.param(b'{"model": "m", "prompt": "\x00"}', id="a control character"),
+        pytest.param(b"[" * 100_000, id="deep arrays"),
+        pytest.param(b'{"model": ' * 100_000, id="deep objects"),
+        pytest.param(
+            b'{"model": "m", "prompt": "a", "other": %s}'
+            % (b"[" * 50_000 + b"]" * 50_000),
+            id="depth in a field that is not read",
+        ),
+        pytest.param(
+            b'{"model": "m", "prompt": "a", "n": %s}' % (b"9" * 9_999),
+            id="a huge number",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ROUTES)
+def test_a_body_that_is_no_json_object_is_refused(
+    send: Any, client: OpenAI, kind: str, body: bytes
+) -> None:
+    status, answered, _ = send("POST", ROUTES[kind], body)
+    error = assert_is_an_error(answered)
+    assert (status, error["param"]) == (400, None)
+    assert client.completions.create(model="m", prompt=SKY).choices
+
+
+def test_a_body_that_cannot_be_unpacked_is_refused(send: Any, client: OpenAI) -> None:
+    status, answered, _ = send(
+        "POST", ROUTES["completion"], b"not gzip", content_encoding="gzip"
+    )
+    assert status == 400
+    assert_is_an_error(answered)
+    assert client.completions.create(model="m", prompt=SKY).choices
+
+
+def test_a_body_that_is_too_large_is_refused_with_the_limit(
+    send: Any, client: OpenAI
+) -> None:
+    status, answered, _ = send("POST", ROUTES["completion"], b" " * (BODY_MOST + 1))
+    assert status == 413
+    assert str(BODY_MOST) in assert_is_an_error(answered)["message"]
+    assert client.completions.create(model="m", prompt=SKY).choices
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/", 404),
+        ("GET", "/v1/", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/chat/completions", 405),
+        ("POST", "/v1/models", 405),
+    ],
+)
+def test_an_unknown_route_and_a_wrong_method_are_refused(
+    send: Any, client: OpenAI, method: str, path: str, status: int
+) -> None:
+    found, answered, _ = send(method, path)
+    message = assert_is_an_error(answered)["message"]
+    assert found == status
+    assert method in message
+    assert path in message
+    assert client.completions.create(model="m", prompt=SKY).choices
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"n": 0}, openai.BadRequestError),
+        ({"model": "other"}, openai.NotFoundError),
+        ({"prompt": " " * (BODY_MOST + 1)}, openai.APIStatusError),
+    ],
+    ids=["400", "404", "413"],
+)
+def test_the_sdk_raises_the_error_of_the_status(
+    client: OpenAI,
+    provider: Provider,
+    fields: Json,
+    expected: type[openai.APIStatusError],
+) -> None:
+    provider.configure(models=["some-model"])
+    with pytest.raises(expected) as caught:
+        client.completions.create(**request_body("completion") | fields)
+    assert_is_an_error({"error": caught.value.body})
+    assert caught.value.request_id

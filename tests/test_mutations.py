@@ -1,0 +1,84 @@
+"""A change that makes a lesson lie must fail the very check that runs in CI."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def nbval(notebook: Path) -> subprocess.CompletedProcess[str]:
+    options = ["-p", "no:cacheprovider", "-o", "addopts=", "--nbval", "-x", "-q"]
+    options += ["--nbval-cell-timeout=120", f"--nbval-sanitize-with={SANITIZE}"]
+    command = [sys.executable, "-m", "pytest", *options, str(notebook)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+SANITIZE = ROOT / "tests" / "nbval.cfg"
+
+
+def changed_copy(name: str, upto: str, old: str, new: str, folder: Path) -> Path:
+    """The notebook as far as the cell that holds `upto`, with one change in it."""
+    shutil.copy(ROOT / "notebooks" / "prompts.txt", folder)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    last = next(i for i, cell in enumerate(notebook.cells) if upto in cell.source)
+    notebook.cells = notebook.cells[: last + 1]
+    for cell in notebook.cells:
+        if "article" not in cell.metadata.get("tags", []) and old in cell.source:
+            cell.source = cell.source.replace(old, new)
+            cell.metadata.tags = ["nbval-ignore-output"]  # let the claim decide
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("name", "claim", "old", "new"),
+    [
+        (
+            "01_make_one_call",
+            "one call in flight at a time",
+            "answers = [llm.invoke(prompt) for prompt in prompts]",
+            "list(__import__('concurrent.futures').futures"
+            ".ThreadPoolExecutor(4).map(llm.invoke, prompts))",
+        ),
+        (
+            "02_use_a_thread_pool",
+            "two calls were in flight at once",
+            "ThreadPoolExecutor(max_workers=2)",
+            "ThreadPoolExecutor(max_workers=1)",
+        ),
+        (
+            "03_gather_coroutines",
+            "all twelve were in flight together",
+            "answers = await asyncio.gather(*[llm.ainvoke(p) for p in prompts])",
+            "answers = [await llm.ainvoke(p) for p in prompts]",
+        ),
+    ],
+)
+def test_a_lesson_that_does_otherwise_than_it_says_fails_at_its_claim(
+    name: str, claim: str, old: str, new: str, tmp_path: Path
+) -> None:
+    true_copy = changed_copy(name, claim, old, old, tmp_path)
+    assert old in true_copy.read_text("utf-8").replace('\\"', '"')
+
+    done = nbval(changed_copy(name, claim, old, new, tmp_path))
+
+    assert done.returncode == 1
+    assert f"✗ {claim}" in done.stdout
+
+
+def test_an_output_edited_by_hand_fails(tmp_path: Path) -> None:
+    path = changed_copy("00_start_here", "sys.version_info", "", "", tmp_path)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata.tags = []
+    nbformat.write(notebook, path)
+    assert nbval(path).returncode == 0
+
+    notebook.cells[-1].outputs[0].text = "All is perfect.\n"
+    nbformat.write(notebook, path)
+
+    assert nbval(path).returncode == 1

@@ -1,0 +1,84 @@
+"""Run All, as JupyterLab does it: every cell is queued before the first ends.
+
+nbval and nbclient send one cell at a time, so they cannot see a cell that is
+lost in the queue.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty
+
+import nbformat
+import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
+from jupyter_client.manager import KernelManager
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@contextmanager
+def kernel(folder: Path) -> Iterator[BlockingKernelClient]:
+    manager = KernelManager(kernel_name="python3")
+    manager.kernel_spec.argv[0] = sys.executable
+    manager.start_kernel(cwd=str(folder))
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        yield client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def replies(
+    client: BlockingKernelClient, cells: list[str], *, within: float
+) -> list[str]:
+    """The status of each cell's reply, or "lost" where none came in time."""
+    asked = [client.execute(cell, stop_on_error=False) for cell in cells]
+    statuses: dict[str, str] = {}
+    deadline = time.monotonic() + within
+    while len(statuses) < len(asked) and time.monotonic() < deadline:
+        try:
+            reply = client.get_shell_msg(timeout=deadline - time.monotonic())
+        except Empty:
+            break
+        content = reply["content"]
+        error = content.get("evalue", "")
+        status = content["status"] + (f": {error}" if error else "")
+        statuses[reply["parent_header"]["msg_id"]] = status
+    return [statuses.get(message, "lost") for message in asked]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_run_all_answers_every_cell(path: Path) -> None:
+    cells = [
+        cell
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code"
+    ]
+
+    with kernel(path.parent) as client:
+        found = replies(client, [cell.source for cell in cells], within=150)
+
+    for cell, status in zip(cells, found, strict=True):
+        if "raises-exception" in cell.metadata.get("tags", []):
+            assert status.startswith("error"), cell.source
+        else:
+            assert status == "ok", cell.source
+
+
+@pytest.mark.parametrize(("shim", "lost"), [("nest_asyncio", 4), ("nest_asyncio2", 0)])
+def test_the_old_shim_loses_queued_cells_and_the_new_one_none(
+    shim: str, lost: int, tmp_path: Path
+) -> None:
+    nested = f"import asyncio, {shim}; {shim}.apply(); asyncio.run(asyncio.sleep(0.5))"
+
+    with kernel(tmp_path) as client:
+        client.execute_interactive("0", timeout=30)
+        found = replies(client, [nested, "2", "3", "4", "5"], within=8)
+
+    assert found.count("lost") == lost

@@ -1,0 +1,514 @@
+import asyncio
+import io
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import aiohttp
+import IPython.display
+import openai
+import pytest
+from langchain_openai import ChatOpenAI, OpenAI
+from PIL import Image
+
+from helpers import Timeline, connect, connection
+from helpers.connection import Provider, ProviderError
+from helpers.timeline import COLUMNS, ROWS, Attempt
+
+PROMPTS = ["Who wrote Hamlet?", "Why is the sky blue?", "How are you?", "Who am I?"]
+BAR = re.compile(r"\|(.*)\| +(\d+\.\d\d) s$")
+
+
+@pytest.fixture
+def llm(provider: Provider) -> OpenAI:
+    """A client whose first call, which is slow, has been made."""
+    llm = OpenAI(max_retries=0)
+    with provider.behaving(first_token=0, per_token=0):
+        llm.invoke("Hello how are you?")
+    provider.configure(per_token=0, jitter=0)
+    return llm
+
+
+def bars(shown: object) -> list[str]:
+    """What stands between the two bars of each line of the text."""
+    found = [BAR.search(line) for line in repr(shown).splitlines()]
+    return [match[1] for match in found if match]
+
+
+def picture(shown: Any) -> Image.Image:
+    """The picture, after a look at every byte of it."""
+    data = shown._repr_png_()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    Image.open(io.BytesIO(data)).verify()
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    assert len(image.getcolors(2**24)) > 2
+    return image
+
+
+def attempt(number: int, **fields: Any) -> Attempt:
+    start = number * 0.01
+    moments = {"arrival": start, "first_byte": start + 0.5, "end": start + 0.6}
+    about = {"prompt": f"Prompt {number}", "attempt": 1, "state": "answered"}
+    return Attempt(**about | moments | fields)
+
+
+def run_of(*attempts: Attempt, name: str = "run") -> Timeline:
+    run = Timeline(name)
+    run.journal = list(attempts)
+    run.wall = max((one.end for one in attempts), default=0) + 0.01
+    return run
+
+
+# What a run's figures are
+
+
+def test_calls_one_after_another(provider: Provider, llm: OpenAI) -> None:
+    provider.configure(first_token=0.15)
+    with Timeline("one by one") as run:
+        for prompt in PROMPTS:
+            llm.invoke(prompt)
+    assert (run.calls, run.attempts, run.peak_in_flight) == (4, 4, 1)
+    assert (run.failed, run.cancelled, run.retried) == (0, 0, 0)
+    assert 4 * 0.15 <= run.waits <= run.wall
+    assert run.overlap <= 1
+    assert [one.prompt for one in run.journal] == PROMPTS
+
+
+def in_threads(llm: OpenAI) -> None:
+    with ThreadPoolExecutor(max_workers=4) as executor:
+        list(executor.map(llm.invoke, PROMPTS))
+
+
+def in_coroutines(llm: OpenAI) -> None:
+    async def main() -> None:
+        await asyncio.gather(*[llm.ainvoke(prompt) for prompt in PROMPTS])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", [in_threads, in_coroutines])
+def test_calls_at_once(
+    provider: Provider, llm: OpenAI, way: Callable[[OpenAI], None]
+) -> None:
+    provider.configure(first_token=0.7)
+    with Timeline("at once") as run:
+        way(llm)
+    assert (run.calls, run.attempts, run.peak_in_flight) == (4, 4, 4)
+    assert run.waits >= 4 * 0.7
+    assert 0.7 <= run.wall < run.waits / 2
+    assert run.overlap == run.waits / run.wall
+    assert sorted(one.prompt for one in run.journal) == sorted(PROMPTS)
+
+
+def test_calls_of_another_process_are_seen(provider: Provider) -> None:
+    request = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1]).read()"
+    with Timeline("elsewhere") as run:
+        subprocess.run(
+            [sys.executable, "-c", request, f"{provider.url}/v1/models"], check=True
+        )
+    assert [one.prompt for one in run.journal] == ["GET /v1/models"]
+
+
+def test_calls_before_and_after_the_block_are_not_seen(
+    provider: Provider, llm: OpenAI
+) -> None:
+    provider.configure(first_token=0)
+    llm.invoke("before")
+    with Timeline("none") as run:
+        pass
+    llm.invoke("after")
+    assert (run.calls, run.peak_in_flight, run.waits) == (0, 0, 0)
+    assert run.wall > 0
+    assert "0 calls" in run.sentence
+    assert bars(run) == []
+
+
+def test_a_failed_call(provider: Provider, llm: OpenAI) -> None:
+    provider.configure(first_token=0)
+    provider.configure(models=["other"])
+    with Timeline("404") as run, pytest.raises(openai.NotFoundError):
+        llm.invoke(PROMPTS[0])
+    assert (run.calls, run.failed) == (1, 1)
+    assert "1 failed" in run.sentence
+    assert [bar.strip()[-1] for bar in bars(run)] == ["×"]
+
+
+def test_a_call_that_timed_out_and_was_retried(provider: Provider, llm: OpenAI) -> None:
+    provider.configure(first_token=30)
+    impatient = OpenAI(timeout=0.3, max_retries=1)
+    with Timeline("time-out") as run, pytest.raises(openai.APITimeoutError):
+        impatient.invoke(PROMPTS[0])
+    assert (run.attempts, run.calls, run.retried, run.cancelled) == (2, 1, 1, 2)
+    assert (run.failed, run.peak_in_flight) == (0, 1)
+    assert "1 call, 1 retried, 2 cancelled" in run.sentence
+    assert [bar.strip()[-1] for bar in bars(run)] == ["/", "/"]
+    assert "(retry 1) Who wrote" in repr(run)
+
+
+def test_a_cancelled_coroutine(
+    provider: Provider, llm: OpenAI, until_in_flight: Callable[[int], None]
+) -> None:
+    provider.configure(first_token=30)
+
+    async def main() -> None:
+        call = asyncio.create_task(llm.ainvoke(PROMPTS[0]))
+        await asyncio.to_thread(until_in_flight, 1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    with Timeline("cancelled") as run:
+        asyncio.run(main())
+    assert (run.calls, run.cancelled, run.failed) == (1, 1, 0)
+    assert [bar.strip()[-1] for bar in bars(run)] == ["/"]
+
+
+def test_a_stream_shows_its_wait_and_its_receiving(
+    provider: Provider, llm: OpenAI
+) -> None:
+    provider.configure(first_token=0.3, per_token=0.03)
+    with Timeline("stream") as run:
+        list(ChatOpenAI().stream(PROMPTS[0]))
+    [one] = run.journal
+    assert one.first_byte - one.arrival >= 0.3
+    assert one.end - one.first_byte >= 0.2
+    [bar] = bars(run)
+    assert re.fullmatch(r" *░{5,}█{5,} *", bar)
+
+
+# A run whose calls have not ended with it
+
+
+@pytest.fixture
+def in_background() -> Iterator[Callable[[Callable[[], Any]], None]]:
+    """Run something in a thread, and have it ended when the test ends."""
+    with ThreadPoolExecutor() as executor:
+        yield lambda call: (executor.submit(call), None)[1]
+
+
+def test_a_call_still_in_flight_at_the_end(
+    provider: Provider,
+    llm: OpenAI,
+    in_background: Callable[[Callable[[], Any]], None],
+    until_in_flight: Callable[[int], None],
+) -> None:
+    provider.configure(first_token=0.8)
+    with Timeline("left behind") as run:
+        in_background(lambda: llm.invoke(PROMPTS[0]))
+        until_in_flight(1)
+    [one] = run.journal
+    assert one.state == "in flight"
+    assert one.arrival <= one.first_byte <= one.end == run.wall
+    assert (run.calls, run.peak_in_flight, run.failed, run.cancelled) == (1, 1, 0, 0)
+    [bar] = bars(run)
+    assert bar.endswith(">")
+
+
+@pytest.mark.parametrize("per_token", [0, 0.2], ids=["ends", "goes on"])
+def test_what_comes_just_after_the_end_does_not_reach_beyond_it(
+    provider: Provider,
+    llm: OpenAI,
+    in_background: Callable[[Callable[[], Any]], None],
+    until_in_flight: Callable[[int], None],
+    per_token: float,
+) -> None:
+    provider.configure(first_token=0.15, per_token=per_token)
+    chat = ChatOpenAI(max_tokens=2)
+    with Timeline("a moment early") as run:
+        in_background(lambda: list(chat.stream(PROMPTS[0])))
+        until_in_flight(1)
+    [one] = run.journal
+    assert one.arrival <= one.first_byte <= one.end <= run.wall
+    assert run.overlap <= 1
+    assert [len(bar) for bar in bars(run)] == [COLUMNS]
+
+
+# What can go wrong
+
+
+def test_before_connect_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_current", None)
+    with pytest.raises(ProviderError, match=r"connect\(\)"):
+        Timeline("too early").__enter__()
+
+
+def test_a_journal_that_was_reset_on_the_way(provider: Provider, llm: OpenAI) -> None:
+    provider.configure(first_token=0)
+
+    def run() -> None:
+        with Timeline("lost"):
+            llm.invoke("one")
+            llm.invoke("two")
+            provider.ask("/_provider/reset", "POST")
+
+    with pytest.raises(ProviderError, match=r"2 attempts of 'lost'.*reset"):
+        run()
+
+
+def test_a_provider_that_ended_on_the_way(provider: Provider) -> None:
+    message = r"has ended.*connect\(\)"
+    with pytest.raises(ProviderError, match=message), Timeline("ended"):
+        provider.stop()
+
+
+def test_a_provider_that_was_started_anew_on_the_way(provider: Provider) -> None:
+    def run() -> None:
+        with Timeline("another"):
+            provider.stop()
+            connect()
+
+    with pytest.raises(ProviderError):
+        run()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_blocks_own_error_is_not_masked(
+    provider: Provider, llm: OpenAI, live: bool, recorder: "Recorder"
+) -> None:
+    provider.configure(first_token=0)
+
+    def run() -> None:
+        with Timeline("lost", live=live):
+            llm.invoke("one")
+            provider.ask("/_provider/reset", "POST")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run()
+
+
+def test_after_an_error_in_the_block_the_figures_are_there(
+    provider: Provider, llm: OpenAI
+) -> None:
+    provider.configure(first_token=0)
+
+    def fail(run: Timeline) -> None:
+        with run:
+            llm.invoke("one")
+            raise KeyError
+
+    run = Timeline("half")
+    with pytest.raises(KeyError):
+        fail(run)
+    assert run.calls == 1
+
+
+# How a run is shown
+
+
+def test_the_sentence_says_what_the_picture_says() -> None:
+    run = run_of(
+        attempt(0),
+        attempt(1, state="failed"),
+        attempt(2, state="cancelled", attempt=2),
+        name="mixed",
+    )
+    assert run.sentence == (
+        "mixed: 2 calls, 1 retried, 1 failed, 1 cancelled, at most 3 in flight, "
+        "0.63 s; the waits add up to 1.80 s."
+    )
+    assert repr(run).startswith(run.sentence)
+    assert run_of(attempt(0)).sentence.startswith("run: 1 call, at most 1 in flight")
+
+
+def test_a_bar_shows_when_and_how_a_call_went() -> None:
+    marks = {"answered": "█", "failed": "×", "cancelled": "/", "in flight": ">"}
+    for state, mark in marks.items():
+        run = run_of(attempt(0), attempt(50, state=state, prompt="a\n  b"))
+        first, second = bars(run)
+        assert len(first) == len(second) == COLUMNS
+        assert re.fullmatch(r"░+█+ *", first)
+        assert re.fullmatch(rf" +░+█*{mark} *", second)
+        assert "  a b   " in repr(run)
+
+
+def test_of_many_bars_the_first_are_shown() -> None:
+    run = run_of(*map(attempt, range(ROWS + 5)))
+    assert len(bars(run)) == ROWS
+    assert repr(run).endswith("… and 5 more")
+
+
+def test_calls_that_only_touch_share_a_lane() -> None:
+    first = attempt(0, arrival=0.0, first_byte=1.0, end=1.0)
+    touching = attempt(1, arrival=1.0, first_byte=2.0, end=2.0)
+    between = attempt(2, arrival=1.5, first_byte=2.5, end=2.5)
+    run = run_of(first, touching, between)
+    assert run.peak_in_flight == 2
+    assert run.lanes == [[first, touching], [between]]
+
+
+@pytest.mark.parametrize("calls", [0, 12, 200])
+def test_the_picture_is_a_png_that_fits_a_page(calls: int) -> None:
+    states = ["answered", "failed", "cancelled", "in flight"]
+    run = run_of(*[attempt(i, state=states[i % 4]) for i in range(calls)])
+    width, height = picture(run).size
+    assert 600 <= width <= 1200
+    assert 50 <= height <= 700
+
+
+def test_a_real_run_of_200_calls_can_be_drawn(provider: Provider) -> None:
+    provider.configure(first_token=0)
+
+    async def main() -> None:
+        async def call(number: int) -> None:
+            body = {"model": "m", "prompt": str(number)}
+            async with session.post(f"{provider.url}/v1/completions", json=body):
+                pass
+
+        connector = aiohttp.TCPConnector(limit=20)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            await asyncio.gather(*map(call, range(200)))
+
+    with Timeline("200") as run:
+        asyncio.run(main())
+    assert run.calls == 200
+    assert run.peak_in_flight <= 20
+    picture(run)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "text",
+    [r"Solve $\frac{$.", "Is $4 < $5? \\alpha_ %d {} <b>&amp;", "日本語で", ""],
+    ids=["formula", "signs", "Japanese", "empty"],
+)
+def test_any_prompt_and_any_name_can_be_drawn(text: str) -> None:
+    run = run_of(attempt(0, prompt=text), name=text)
+    picture(run)
+    picture(Timeline.compare(run, run))
+    assert text in repr(run)
+
+
+def test_a_comparison_has_a_row_for_each_run() -> None:
+    slow = run_of(*[attempt(i * 60) for i in range(3)], name="one by one")
+    fast = run_of(*map(attempt, range(3)), name="at once")
+    head, *rows = repr(Timeline.compare(slow, fast)).splitlines()
+    assert head.split() == ["wall", "calls", "in", "flight", "waits", "overlap"]
+    assert [re.split(r"  +", row) for row in rows] == [
+        ["one by one", "1.81 s", "3", "1", "1.80 s", "1.0 ×"],
+        ["at once", "0.63 s", "3", "3", "1.80 s", "2.9 ×"],
+    ]
+    assert len({len(row) for row in [head, *rows]}) == 1
+
+
+def test_a_comparison_has_one_axis_for_all_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from matplotlib.figure import Figure
+
+    slow = run_of(attempt(0), attempt(180), name="slow")
+    fast = run_of(attempt(0), name="fast")
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *words, **more: (
+            drawn.append(self),
+            save(self, *words, **more),
+        )[1],
+    )
+    picture(Timeline.compare(slow, fast))
+    [figure] = drawn
+    limits = [axes.get_xlim() for axes in figure.axes]
+    assert limits == [(0, slow.wall)] * 2
+
+
+# Live
+
+
+class Recorder:
+    """Stands in for IPython's display and for the handle that it gives."""
+
+    def __init__(self) -> None:
+        self.shown: list[Any] = []
+        self.redrawn = threading.Event()
+
+    def __call__(self, frame: Any, **options: Any) -> "Recorder":
+        assert options["display_id"]
+        self.shown.append(frame)
+        return self
+
+    def update(self, frame: Any, **options: Any) -> None:
+        assert options.get("raw", False) == isinstance(frame, dict)
+        self.shown.append(frame)
+        self.redrawn.set()
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(IPython.display, "display", recorder)
+    return recorder
+
+
+def test_live_it_redraws_on_the_way_and_leaves_the_picture(
+    provider: Provider,
+    llm: OpenAI,
+    recorder: Recorder,
+    in_background: Callable[[Callable[[], Any]], None],
+    until_in_flight: Callable[[int], None],
+) -> None:
+    provider.configure(first_token=0.5)
+    with Timeline("<live>", live=True) as run:
+        in_background(lambda: llm.invoke("a < b?"))
+        until_in_flight(1)
+        for _ in range(2):
+            recorder.redrawn.clear()
+            assert recorder.redrawn.wait(10)
+        until_in_flight(0)
+    *frames, last = recorder.shown
+    assert last is run
+    assert [one.state for one in run.journal] == ["answered"]
+    assert "0 calls" in frames[0]["text/plain"]
+    assert any(">|" in frame["text/plain"] for frame in frames)
+    for frame in frames:
+        assert set(frame) == {"text/plain", "text/html"}
+        assert frame["text/html"].startswith("<pre>&lt;live&gt;: ")
+    assert not any("matplotlib" in str(frame) for frame in frames)
+
+
+def test_live_a_redraw_that_comes_late_does_not_change_the_result(
+    provider: Provider,
+    llm: OpenAI,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    provider.configure(first_token=0)
+    asked, go_on, ask = threading.Event(), threading.Event(), provider.ask
+
+    def slow_for_the_redraw(*words: Any) -> Any:
+        answered = ask(*words)
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+            go_on.wait(0.5)
+        return answered
+
+    monkeypatch.setattr(provider, "ask", slow_for_the_redraw)
+    with Timeline("race", live=True) as run:
+        assert asked.wait(10)
+        llm.invoke("one")
+    assert run.calls == 1
+    assert recorder.shown[-1] is run
+
+
+def test_live_ends_with_the_block_whatever_happens(
+    provider: Provider, recorder: Recorder
+) -> None:
+    before = threading.active_count()
+    with pytest.raises(ProviderError), Timeline("ended", live=True):
+        provider.stop()
+    assert threading.active_count() == before
+
+
+def test_live_in_a_plain_script_the_figures_are_there(
+    provider: Provider, llm: OpenAI
+) -> None:
+    provider.configure(first_token=0)
+    with Timeline("script", live=True) as run:
+        llm.invoke("one")
+    assert run.calls == 1
