@@ -166,7 +166,7 @@ def test_it_works_in_a_plain_script_and_does_not_import_ipython() -> None:
     assert script(
         "import json, sys\n"
         "from helpers import connect\n"
-        "requests = connect().stats()['requests']\n"
+        "requests = connect().ask('/_provider/stats')['requests']\n"
         "print(json.dumps([requests, 'IPython' in sys.modules]))\n"
     ) == [0, False]
 
@@ -284,7 +284,12 @@ def test_the_key_is_in_no_process_arguments_and_not_in_the_journal() -> None:
     assert key not in " ".join(process_of(provider).cmdline())
     journal = provider.ask("/_provider/journal")
     assert len(journal["attempts"]) == 1
-    for told in journal, provider.stats(), provider.configure(), provider:
+    for told in (
+        journal,
+        provider.ask("/_provider/stats"),
+        provider.configure(),
+        provider,
+    ):
         assert key not in repr(told)
 
 
@@ -332,9 +337,9 @@ def test_a_provider_started_by_hand_is_used_and_left_running(ending: str) -> Non
         provider = connect(first_token=0, per_token=0)
         assert provider.url == url
         assert ask_openai()
-        assert provider.stats()["requests"] == 1
+        assert provider.ask("/_provider/stats")["requests"] == 1
         provider.stop()
-        assert provider.stats()["requests"] == 1
+        assert provider.ask("/_provider/stats")["requests"] == 1
 
 
 def assert_says_what_to_do(error: ProviderError, url: str) -> None:
@@ -396,7 +401,7 @@ def test_once_a_bad_url_is_unset_connect_starts_a_provider_of_its_own() -> None:
     with pytest.raises(ProviderError):
         connect()
     del os.environ["LLM_PROVIDER_URL"]
-    assert connect().stats()["requests"] == 0
+    assert connect().ask("/_provider/stats")["requests"] == 0
 
 
 def test_a_taken_port_is_one_clear_sentence_and_exit_code_2() -> None:
@@ -470,7 +475,7 @@ def test_a_killed_provider_is_what_every_question_to_it_says() -> None:
     provider = connect()
     kill(provider)
     with pytest.raises(ProviderError, match=r"has ended .* Run connect\(\) again"):
-        provider.stats()
+        provider.ask("/_provider/stats")
     with (
         pytest.raises(ProviderError, match=r"has ended .* Run connect\(\) again"),
         Timeline("one call"),
@@ -481,7 +486,7 @@ def test_a_killed_provider_is_what_every_question_to_it_says() -> None:
 def test_that_it_has_ended_is_said_even_in_the_moment_of_its_end() -> None:
     def ask_on() -> NoReturn:
         while True:
-            provider.stats()
+            provider.ask("/_provider/stats")
 
     for _ in range(3):
         provider = connect()
@@ -510,7 +515,7 @@ def test_where_the_address_was_taken_meanwhile_connect_finds_another() -> None:
         second = connect()
         assert second.url != first.url
         assert os.environ["OPENAI_BASE_URL"] == f"{second.url}/v1"
-        assert second.stats()["requests"] == 0
+        assert second.ask("/_provider/stats")["requests"] == 0
 
 
 class Cell:
@@ -568,7 +573,7 @@ def test_a_notebook_says_that_its_provider_was_killed_and_how_to_go_on(
     provider = Provider(url)
 
     def kill_in_the_call() -> None:
-        wait_until(lambda: provider.stats()["in_flight"] == 1)
+        wait_until(lambda: provider.ask("/_provider/stats")["in_flight"] == 1)
         psutil.Process(int(pid)).kill()
 
     killer = threading.Thread(target=kill_in_the_call)

@@ -46,6 +46,8 @@ def replies(
             reply = client.get_shell_msg(timeout=deadline - time.monotonic())
         except Empty:
             break
+        if reply["parent_header"]["msg_id"] not in asked:
+            continue  # an answer to wait_for_ready
         content = reply["content"]
         error = content.get("evalue", "")
         status = content["status"] + (f": {error}" if error else "")

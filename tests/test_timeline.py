@@ -196,7 +196,7 @@ def test_a_call_still_in_flight_at_the_end(
     in_background: Callable[[Callable[[], Any]], None],
     until_in_flight: Callable[[int], None],
 ) -> None:
-    provider.configure(first_token=0.8)
+    provider.configure(first_token=2)
     with Timeline("left behind") as run:
         in_background(lambda: llm.invoke(PROMPTS[0]))
         until_in_flight(1)
@@ -351,7 +351,7 @@ def test_the_picture_is_a_png_that_fits_a_page(calls: int) -> None:
 
 
 def test_a_real_run_of_200_calls_can_be_drawn(provider: Provider) -> None:
-    provider.configure(first_token=0)
+    provider.configure(first_token=0.01, per_token=0)
 
     async def main() -> None:
         async def call(number: int) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from contextlib import suppress
 from types import FrameType
 
 from executing import Source
@@ -24,18 +25,16 @@ def check(claim: str, holds: bool) -> None:
 def _figures(caller: FrameType) -> str:
     """The condition that the caller wrote, and the plain values in it."""
     call = Source.executing(caller).node
-    if not isinstance(call, ast.Call) or len(call.args) < 2:
+    if not isinstance(call, ast.Call):
         return ""
-    condition = call.args[1]
+    condition = [*call.args, *(keyword.value for keyword in call.keywords)][1]
     lines = [f"\n  not so: {ast.unparse(condition)}"]
     for node in ast.walk(condition):
-        if isinstance(node, ast.Name | ast.Attribute):
+        counted = isinstance(node, ast.Call) and ast.unparse(node.func) == "len"
+        if counted or isinstance(node, ast.Name | ast.Attribute):
             source = ast.unparse(node)
-            try:
+            with suppress(Exception):  # a name of an inner scope: nothing to show
                 value = eval(source, caller.f_globals, caller.f_locals)
-            except Exception:  # a name of an inner scope: nothing to show
-                continue
-            line = f"\n  {source} = {value!r}"
-            if isinstance(value, int | float | str) and line not in lines:
-                lines.append(line)
-    return "".join(lines)
+                if isinstance(value, int | float | str):
+                    lines.append(f"\n  {source} = {value!r}")
+    return "".join(dict.fromkeys(lines))

@@ -89,7 +89,7 @@ class Provider:
         if self.exit_code is not None:
             return (
                 f"The provider has ended (exit code {self.exit_code}). Run connect() "
-                "again: it starts a new one, at the same address where it can."
+                "again: it starts a new one at the same address."
             )
         return (
             f"No provider answers at {self.url} ({error}). If LLM_PROVIDER_URL "

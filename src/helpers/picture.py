@@ -1,10 +1,13 @@
 """Timelines as a picture: PNG, because every viewer of notebooks shows it."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -32,6 +35,7 @@ STYLES: dict[str, dict[str, Any]] = {
 MARKED = {style[:-2]: style for style in list(STYLES)[2:]}  # by state
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a $ in a prompt is a $
 def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
     """The runs under one another on one time axis, as a PNG file."""
     lanes = [run.lanes for run in runs]
@@ -50,19 +54,20 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
         axes.set_title(run.name if table else run.sentence, loc="left", size=9, pad=4)
         axes.tick_params(labelbottom=run is runs[-1], labelsize=8)
     axes.set_xlabel("seconds", size=8, labelpad=1, loc="left")
-    handles = [Patch(label=name, **STYLES[name]) for name in STYLES if name in used]
-    figure.legend(
-        handles=handles, loc="lower right", ncols=5, frameon=False, fontsize=8
-    )
+    key = [Patch(label=name, **STYLES[name]) for name in STYLES if name in used]
+    figure.legend(handles=key, loc="lower right", ncols=5, frameon=False, fontsize=8)
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    with warnings.catch_warnings():  # a script that the font lacks shows as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, format="png")
     return file.getvalue()
 
 
 def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
     """One run's lanes, the first on top; returns the styles that it used."""
-    bars: dict[str, list[tuple[int, float, float]]] = {}
+    bars: dict[str, list[list[tuple[float, float]]]] = {}
     thin = len(lanes) > LABELLED
+    half, width = (0.5, 0.3) if thin else (0.4, 0.8)  # half a bar's height; its edge
     for row, lane in enumerate(lanes):
         for attempt in lane:
             start, first, end = attempt.arrival, attempt.first_byte, attempt.end
@@ -70,15 +75,13 @@ def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
             if attempt.state in MARKED:
                 pieces = [(MARKED[attempt.state], start, end)]
             for style, left, right in pieces:
-                bars.setdefault(style, []).append((row, left, right - left))
+                corners = [(left, row - half), (right, row - half)]
+                corners += [(right, row + half), (left, row + half)]
+                bars.setdefault(style, []).append(corners)
             if not thin:
                 _label(axes, row, attempt, seconds)
-    size: dict[str, float] = (
-        {"height": 1.0, "linewidth": 0.3} if thin else {"height": 0.8}
-    )
     for style, drawn in bars.items():
-        rows, lefts, widths = zip(*drawn, strict=True)
-        axes.barh(rows, widths, left=lefts, **STYLES[style] | size)
+        axes.add_collection(PolyCollection(drawn, linewidth=width, **STYLES[style]))
     axes.set(xlim=(0, seconds), ylim=(max(len(lanes), 1) - 0.5, -0.5), yticks=[])
     axes.spines[["top", "right", "left"]].set_visible(False)
     return set(bars)

@@ -1,16 +1,15 @@
 """What the provider saw of a piece of code: numbers, a picture, a text.
 
-    with Timeline("two threads") as run:
-        ...
-    run
-
-Every figure comes from the provider's journal and its clock.
+with Timeline("two threads") as run:
+    ...
+run
 """
 
 import contextlib
 import html
 import threading
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any, Self
 
 from .connection import ProviderError, current
@@ -26,15 +25,11 @@ class Attempt:
     """One HTTP attempt; times are seconds from the run's start."""
 
     prompt: str
-    attempt: int
-    """1, or more for a client's own retries."""
-    state: str
-    """answered, failed, cancelled (the client hung up) or in flight."""
+    attempt: int  # 1, or more for a client's own retries
+    state: str  # answered, failed, cancelled (the client hung up) or in flight
     arrival: float
-    first_byte: float
-    """Where none came: the end."""
-    end: float
-    """Where it is still in flight: the run's end."""
+    first_byte: float  # where none came: the end
+    end: float  # where it is still in flight: the run's end
 
     @property
     def label(self) -> str:
@@ -46,19 +41,15 @@ class Attempt:
 class Timeline:
     """A `with` block around calls; afterwards, what the provider saw of them.
 
-    Shown at the end of a cell it draws itself. With `live=True` it also shows
-    itself while the block runs, redrawn about ten times a second.
-
-    Raises ProviderError where there is no provider, or where the journal no
-    longer holds the whole run.
+    Last in a cell it draws itself; with `live=True` also while the block runs,
+    ten times a second. Raises ProviderError where there is no provider, or its
+    journal does not hold the whole run.
     """
 
     def __init__(self, name: str, *, live: bool = False) -> None:
         self.name = name
-        self.journal: list[Attempt] = []
-        """Every HTTP attempt of the run, in order of arrival."""
-        self.wall = 0.0
-        """Seconds from the block's start to its end."""
+        self.journal: list[Attempt] = []  # in order of arrival
+        self.wall = 0.0  # seconds from the block's start to its end
         self._live = live
 
     @property
@@ -105,13 +96,15 @@ class Timeline:
     def lanes(self) -> list[list[Attempt]]:
         """The attempts packed into as few lanes as hold them side by side."""
         lanes: list[list[Attempt]] = []
+        ends: list[tuple[float, int]] = []  # a heap: when each lane is free again
         for attempt in self.journal:
-            for lane in lanes:
-                if lane[-1].end <= attempt.arrival:
-                    lane.append(attempt)
-                    break
+            if ends and ends[0][0] <= attempt.arrival:
+                _, lane = heappop(ends)
+                lanes[lane].append(attempt)
             else:
+                lane = len(lanes)
                 lanes.append([attempt])
+            heappush(ends, (attempt.end, lane))
         return lanes
 
     @property
@@ -165,6 +158,9 @@ class Timeline:
                     self._handle.update(frame(), raw=True)
 
         self._handle: Any = display(frame(), raw=True, display_id=True)
+        if self._handle is None:  # a plain script
+            self._live = False
+            return
         self._ended = threading.Event()
         self._thread = threading.Thread(target=redraw, daemon=True)
         self._thread.start()
@@ -181,6 +177,8 @@ class Timeline:
         """Take in what the journal holds of this run so far."""
         query = f"since={self._since}&settle={settle}"
         page = self._provider.ask(f"/_provider/journal?{query}")
+        if self._provider.exit_code is not None:  # a new one has its address
+            raise ProviderError(self._provider.lost())
         if page["dropped"]:
             raise ProviderError(
                 f"{page['dropped']} attempts of {self.name!r} are gone from the journal"
@@ -189,8 +187,8 @@ class Timeline:
         self.wall = page["now"] - self._start
         self.journal = []
         for entry in page["attempts"]:
-            end = entry["end"] or page["now"]
-            moments = entry["arrival"], entry["first_byte"] or end, end
+            end = min(entry["end"] or page["now"], page["now"])
+            moments = entry["arrival"], min(entry["first_byte"] or end, end), end
             prompt = entry["prompt"] or entry["route"]
             since_start = (moment - self._start for moment in moments)
             attempt = Attempt(prompt, entry["attempt"], entry["state"], *since_start)

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -172,16 +173,17 @@ def choose(page: Page, menu: str, item: str) -> None:
 
 
 def run_all(page: Page, cells: int) -> None:
-    """Run all cells from a clean sheet; return when the last is done."""
+    """Run all cells from a clean sheet; return when the last is done, or late."""
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     expect(prompts).to_have_count(cells)
     choose(page, "Edit", "Clear Outputs of All Cells")
     expect(prompts).to_have_text(["[ ]:"] * cells)
     choose(page, "Run", "Run All Cells")
-    expect(prompts.first).not_to_have_text("[ ]:")
-    waiting = prompts.filter(has_text="[*]:")
-    expect(waiting).to_have_count(0, timeout=RUN_LIMIT * 1000)
-    wait_for_the_kernel(page)
+    # After an error, even one that a tag allows, JupyterLab no longer shows [*]
+    # beside the cells that are still to run: only their numbers tell.
+    with suppress(AssertionError):  # the saved file says what was not done, and why
+        expect(prompts.last).to_have_text(f"[{cells}]:", timeout=RUN_LIMIT * 1000)
+        wait_for_the_kernel(page)
 
 
 def save(page: Page, notebook: str) -> None:

@@ -1,8 +1,9 @@
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,7 @@ Json = dict[str, Any]
 
 def attempts(provider: Provider) -> list[Json]:
     """The journal, once every call in it has ended."""
-    found: list[Json] = provider.ask("/_provider/journal?settle=10")["attempts"]
+    found: list[Json] = provider.ask("/_provider/journal?settle=5")["attempts"]
     assert all(entry["end"] is not None for entry in found)
     return found
 
@@ -41,20 +42,32 @@ def complete(client: OpenAI) -> Complete:
     return complete
 
 
-def open_call(provider: Provider, **options: Any) -> http.client.HTTPConnection:
+Begin = Callable[..., http.client.HTTPConnection]
+
+
+@pytest.fixture
+def begin(provider: Provider) -> Iterator[Begin]:
     """Send a call and do not wait for its answer."""
-    connection = http.client.HTTPConnection(
-        provider.url.removeprefix("http://"), timeout=30
-    )
-    body = json.dumps({"model": "m", "prompt": "Why is the sky blue?"} | options)
-    connection.request("POST", "/v1/completions", body)
-    return connection
+    with contextlib.ExitStack() as opened:
+
+        def begin(**options: Any) -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection(
+                provider.url.removeprefix("http://"), timeout=30
+            )
+            opened.callback(connection.close)
+            body = {"model": "m", "prompt": "Why is the sky blue?"} | options
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            return connection
+
+        yield begin
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_attempt_has_its_moments_in_order(provider: Provider, stream: bool) -> None:
+def test_an_attempt_has_its_moments_in_order(
+    provider: Provider, begin: Begin, stream: bool
+) -> None:
     provider.configure(first_token=0.05, per_token=0.02, jitter=0)
-    with open_call(provider, stream=stream).getresponse() as response:
+    with begin(stream=stream).getresponse() as response:
         response.read()
     [entry] = attempts(provider)
     assert entry["arrival"] + 0.05 <= entry["first_byte"] <= entry["end"]
@@ -153,10 +166,10 @@ def test_calls_one_after_another_are_never_in_flight_together(
 
 
 def test_hanging_up_before_the_first_byte_is_recorded(
-    provider: Provider, until_in_flight: Callable[[int], None]
+    provider: Provider, begin: Begin, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(first_token=60)
-    connection = open_call(provider)
+    connection = begin()
     until_in_flight(1)
     connection.close()
     [entry] = attempts(provider)
@@ -167,9 +180,9 @@ def test_hanging_up_before_the_first_byte_is_recorded(
     assert stats(provider)["in_flight"] == 0
 
 
-def test_hanging_up_in_mid_stream_is_recorded(provider: Provider) -> None:
+def test_hanging_up_in_mid_stream_is_recorded(provider: Provider, begin: Begin) -> None:
     provider.configure(first_token=0, per_token=2, jitter=0)
-    connection = open_call(provider, stream=True)
+    connection = begin(stream=True)
     response = connection.getresponse()
     assert response.readline().startswith(b"data: ")
     response.close()
@@ -214,15 +227,14 @@ def test_a_cancelled_task_is_recorded(
 
 
 def test_a_call_in_flight_says_so(
-    provider: Provider, until_in_flight: Callable[[int], None]
+    provider: Provider, begin: Begin, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(first_token=60)
-    connection = open_call(provider)
+    begin()
     until_in_flight(1)
     [entry] = provider.ask("/_provider/journal")["attempts"]
     assert entry["state"] == "in flight"
     assert (entry["first_byte"], entry["end"]) == (None, None)
-    connection.close()
 
 
 def test_since_gives_what_came_after_a_mark(

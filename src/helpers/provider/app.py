@@ -51,6 +51,7 @@ class Provider:
         entry = self.journal.arrive(
             f"{request.method} {request.path}", _attempt(request)
         )
+        entry.request_id = _request_id(self.settings.seed, entry.route, entry.attempt)
         request[ENTRY] = entry
         disconnected = True
         try:
@@ -68,11 +69,8 @@ class Provider:
 
     def headers(self, entry: Attempt) -> dict[str, str]:
         """The headers that the API sends with every answer."""
-        key = behaviour.digest(
-            self.settings.seed, entry.route, entry.prompt, entry.attempt
-        )
         return {
-            "x-request-id": f"req_{key[:32]}",
+            "x-request-id": entry.request_id,
             "openai-processing-ms": str(round(self.elapsed(entry) * 1000)),
             "openai-version": "2020-10-01",
         }
@@ -106,6 +104,7 @@ class Provider:
             behaviour.pace(settings, prompt, entry.attempt) for prompt in call.prompts
         )
         key = behaviour.digest(settings.seed, *call.prompts, entry.attempt)
+        entry.request_id = _request_id(key)
         if call.stream:
             return await self.stream(request, call, key, pace)
         tokens = max(len(cut) for cut, _ in call.choices)
@@ -196,6 +195,10 @@ class Provider:
         return web.json_response(self.journal.stats())
 
 
+def _request_id(*parts: object) -> str:
+    return f"req_{behaviour.digest(*parts)[:32]}"
+
+
 def _attempt(request: web.Request) -> int:
     """Which try this is, by what the SDK says of its own retries."""
     retries = request.headers.get("x-stainless-retry-count", "0")
@@ -214,6 +217,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         problem = wire.no_method(request.method, request.path)
     except web.HTTPRequestEntityTooLarge:
         problem = wire.ApiError(413, f"The body is larger than {BODY_MOST} bytes.")
+    except web.RequestPayloadError:
+        problem = wire.ApiError(400, "The body could not be read.")
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:

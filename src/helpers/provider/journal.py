@@ -26,6 +26,7 @@ class Attempt:
     """HTTP status; None as long as none was sent."""
     disconnected: bool = False
     """Whether the client hung up before it had the whole answer."""
+    request_id: str = ""
     model: str = ""
     prompt: str = ""
     stream: bool = False
@@ -48,7 +49,7 @@ class Journal:
     def __init__(self, kept: int = KEPT) -> None:
         self._start = time.perf_counter()
         self._attempts: deque[Attempt] = deque(maxlen=kept)
-        self._next = 0
+        self._next = self._in_flight = 0
         self.reset()
 
     def now(self) -> float:
@@ -64,7 +65,7 @@ class Journal:
         open_attempts = [entry for entry in self._attempts if entry.end is None]
         self._attempts.clear()
         self._attempts.extend(open_attempts)
-        self._in_flight = self._peak = len(open_attempts)
+        self._peak = self._in_flight
         self._statuses: Counter[str] = Counter()
         self._sums = Counter(requests=0, prompt_tokens=0, completion_tokens=0)
 

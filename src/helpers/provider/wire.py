@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .answers import answer, tokens
 
@@ -61,11 +69,14 @@ class Generation(Checked):
     stream_options: StreamOptions | None = None
     max_tokens: Limit | None = None
 
-    @model_validator(mode="after")
-    def _options_go_with_a_stream(self) -> Self:
-        if self.stream_options and not self.stream:
-            raise ValueError("'stream_options' goes with 'stream': true")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _only_for_a_stream(
+        cls, options: StreamOptions | None, info: ValidationInfo
+    ) -> StreamOptions | None:
+        if options and not info.data.get("stream"):
+            raise ValueError("it goes with 'stream': true")
+        return options
 
     @property
     def prompts(self) -> list[str]:
@@ -256,12 +267,17 @@ def read(kind: type[Generation], raw: bytes) -> Generation:
         return kind.model_validate_json(raw)
     except ValidationError as error:
         # A value that fits no member of a union has an error for each: the
-        # one that went deepest says most.
-        problem = max(error.errors(), key=lambda one: len(one["loc"]))
+        # one that went deepest says most, and a wrong length more than a type.
+        problem = max(
+            error.errors(),
+            key=lambda one: (len(one["loc"]), one["type"] == "too_short"),
+        )
     reason = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
         raise ApiError(400, f"The body could not be parsed. {reason}.")
     param = _path(problem["loc"]) or None
+    if param is None:
+        raise ApiError(400, "The body could not be parsed: it is not a JSON object.")
     if problem["type"] == "missing":
         message, code = "Missing required parameter", "missing_required_parameter"
         raise ApiError(400, f"{message}: '{param}'.", param, code)
