@@ -90,7 +90,7 @@ class Lab:
                 break
             if url := re.search(r"http://127\.0\.0\.1:(\d+)/\S+token=\w+", log):
                 # JupyterLab prints the address a moment before it listens there.
-                while socket.socket().connect_ex(("127.0.0.1", int(url[1]))):
+                while not is_open(int(url[1])):
                     assert time.monotonic() < deadline, log
                 return url[0]
         self.stop()
@@ -110,11 +110,16 @@ class Lab:
         """Press Ctrl+C; return the processes that outlive it, after ending them."""
         family = psutil.Process(self._process.pid).children(recursive=True)
         os.killpg(self._process.pid, signal.SIGINT)
-        self._process.wait(PATIENCE)
         _, left = psutil.wait_procs(family, timeout=PATIENCE)
         for process in left:
             process.kill()
+        self._process.wait(PATIENCE)
         return left
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
