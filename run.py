@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def call(*words: object, environment: Optional[Mapping[str, str]] = None) -> int
     process = subprocess.Popen(
         [str(word) for word in words], cwd=str(ROOT), env=environment
     )
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
             return process.wait()
@@ -87,7 +89,7 @@ def lab(*words: str) -> int:
         "--LabApp.default_url=/lab/tree/00_start_here.ipynb",
         # Ask nothing of the network: no check for updates, no news.
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        "--LabApp.news_url=None",
+        "--LabApp.app_settings_dir={}".format(ROOT / ".jupyter"),
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-root")  # in a container there is no other user
@@ -131,7 +133,8 @@ def notebooks(*names: str) -> int:
     ]
     paths = paths or sorted(NOTEBOOKS.glob("*.ipynb"))
     code = call(PYTHON, "-m", "nbconvert", *options, *paths)
-    PICTURE.write_bytes(last_picture(NOTEBOOKS / "00_start_here.ipynb"))
+    if code == 0:
+        PICTURE.write_bytes(last_picture(NOTEBOOKS / "00_start_here.ipynb"))
     return code
 
 

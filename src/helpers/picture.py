@@ -35,7 +35,7 @@ STYLES: dict[str, dict[str, Any]] = {
 MARKED = {style[:-2]: style for style in list(STYLES)[2:]}  # by state
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # a $ in a prompt is a $
+@matplotlib.rc_context({"text.parse_math": False, "hatch.linewidth": 0.5})
 def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
     """The runs under one another on one time axis, as a PNG file."""
     lanes = [run.lanes for run in runs]

@@ -77,8 +77,9 @@ class Lab:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._printed.put(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._printed.put(line)
         self._printed.put("(the end)")
 
     def _printed_url(self) -> str:
