@@ -11,14 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+SANITIZE = ROOT / "tests" / "nbval.cfg"
+
+
 def nbval(notebook: Path) -> subprocess.CompletedProcess[str]:
     options = ["-p", "no:cacheprovider", "-o", "addopts=", "--nbval", "-x", "-q"]
     options += ["--nbval-cell-timeout=120", f"--nbval-sanitize-with={SANITIZE}"]
     command = [sys.executable, "-m", "pytest", *options, str(notebook)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-SANITIZE = ROOT / "tests" / "nbval.cfg"
 
 
 def changed_copy(name: str, upto: str, old: str, new: str, folder: Path) -> Path:
@@ -38,13 +38,6 @@ def changed_copy(name: str, upto: str, old: str, new: str, folder: Path) -> Path
 @pytest.mark.parametrize(
     ("name", "claim", "old", "new"),
     [
-        (
-            "01_make_one_call",
-            "one call in flight at a time",
-            "answers = [llm.invoke(prompt) for prompt in prompts]",
-            "list(__import__('concurrent.futures').futures"
-            ".ThreadPoolExecutor(4).map(llm.invoke, prompts))",
-        ),
         (
             "02_use_a_thread_pool",
             "two calls were in flight at once",
