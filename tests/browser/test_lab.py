@@ -111,7 +111,10 @@ class Lab:
         """Press Ctrl+C; return the processes that outlive it, after ending them."""
         family = psutil.Process(self._process.pid).children(recursive=True)
         os.killpg(self._process.pid, signal.SIGINT)
-        _, left = psutil.wait_procs(family, timeout=PATIENCE)
+        left, deadline = family, time.monotonic() + PATIENCE
+        while left and time.monotonic() < deadline:
+            _, left = psutil.wait_procs(left, timeout=0.2)
+            left = [process for process in left if not is_zombie(process)]
         for process in left:
             process.kill()
         self._process.wait(PATIENCE)
@@ -121,6 +124,14 @@ class Lab:
 def is_open(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    """Whether it has ended, and its new parent has only not asked how."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.fixture(scope="module")
