@@ -69,6 +69,8 @@ class Lab:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,  # Ctrl+C reaches it, and not pytest
+            # A shell's background jobs, and what they start, ignore Ctrl+C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._printed: Queue[str] = Queue()
         threading.Thread(target=self._read, daemon=True).start()
