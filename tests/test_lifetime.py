@@ -39,6 +39,8 @@ urllib.request.urlopen(provider.url + "/v1/completions", body)
 """
 
 FORK = """
+import warnings
+warnings.simplefilter("ignore")  # Python 3.12 and later warn of forks
 child = os.fork()
 if child == 0:
     import signal

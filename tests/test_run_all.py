@@ -73,9 +73,11 @@ def test_run_all_answers_every_cell(path: Path) -> None:
             assert status == "ok", cell.source
 
 
-@pytest.mark.parametrize(("shim", "lost"), [("nest_asyncio", 4), ("nest_asyncio2", 0)])
+@pytest.mark.parametrize(
+    ("shim", "loses"), [("nest_asyncio", True), ("nest_asyncio2", False)]
+)
 def test_the_old_shim_loses_queued_cells_and_the_new_one_none(
-    shim: str, lost: int, tmp_path: Path
+    shim: str, loses: bool, tmp_path: Path
 ) -> None:
     nested = f"import asyncio, {shim}; {shim}.apply(); asyncio.run(asyncio.sleep(0.5))"
 
@@ -83,4 +85,4 @@ def test_the_old_shim_loses_queued_cells_and_the_new_one_none(
         client.execute_interactive("0", timeout=30)
         found = replies(client, [nested, "2", "3", "4", "5"], within=8)
 
-    assert found.count("lost") == lost
+    assert ("lost" in found) == loses, found
