@@ -370,7 +370,7 @@ def test_a_real_run_of_200_calls_can_be_drawn(provider: Provider) -> None:
     picture(run)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize(
     "text",
     [r"Solve $\frac{$.", "Is $4 < $5? \\alpha_ %d {} <b>&amp;", "日本語で", ""],
