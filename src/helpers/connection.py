@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 FILES_WANTED = 8192  # open files: one a connection, and macOS begins with 256
+ADDRESSES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # LangChain prefers the second
+NO_KEY = "stub"  # stands where a client wants a key and the server none
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _current: "Provider | None" = None
+_reader: dict[str, str] = {}  # the addresses that the reader has set
 
 
 class ProviderError(RuntimeError):
@@ -25,11 +28,24 @@ class ProviderError(RuntimeError):
 class Provider:
     """The server that plays OpenAI, as a notebook sees it."""
 
-    def __init__(self, url: str, process: subprocess.Popen[str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        process: subprocess.Popen[str] | None = None,
+        *,
+        live: bool = False,
+    ) -> None:
         self.url = url  # the OpenAI API stands under /v1
+        self.live = live
         self._process = process
+        self._settings: dict[str, Any] = {}
 
     def __repr__(self) -> str:
+        if self.live:
+            calls, tokens = (
+                self._settings[f"max_{name}"] for name in ("calls", "tokens")
+            )
+            return f"<Provider: LIVE, up to {calls} calls and {tokens} tokens>"
         where = "started by this process" if self._process else "found running"
         return f"<Provider: a stub of OpenAI on this machine, {where}>"
 
@@ -40,8 +56,8 @@ class Provider:
 
     def configure(self, **settings: Any) -> dict[str, Any]:
         """Change settings, see `connect`; returns all. ValueError for a bad one."""
-        config: dict[str, Any] = self.ask("/_provider/config", "PATCH", settings)
-        return config
+        self._settings = self.ask("/_provider/config", "PATCH", settings)
+        return dict(self._settings)
 
     @contextlib.contextmanager
     def behaving(self, **settings: Any) -> Iterator["Provider"]:
@@ -98,7 +114,7 @@ class Provider:
         )
 
 
-def connect(**settings: Any) -> Provider:
+def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     """Start the provider and point this process's OpenAI clients at it.
 
     Call it before you build a client. A second call gives the same provider,
@@ -107,20 +123,40 @@ def connect(**settings: Any) -> Provider:
 
     Settings, all optional: `first_token` and `per_token` (seconds), `jitter`
     (0 to 1, by how much a prompt's latency may differ), `seed`, `models` (the
-    only model names that exist; None for any).
+    only model names that exist; None for any), and what else stands in
+    `helpers/provider/behaviour.py`: limits, capacity, faults.
+
+    With `live`, or LLM_LIVE=1 in the environment, calls are forwarded to the
+    server that OPENAI_BASE_URL names, or to OpenAI, with the key in
+    OPENAI_API_KEY and the model in LLM_MODEL, and refused past `max_calls`
+    and `max_tokens`.
 
     Raises ProviderError where it cannot be started or reached, ValueError for
     a setting that does not exist or is out of range.
     """
     global _current
     _raise_file_limit()
+    if live is None:
+        live = os.environ.get("LLM_LIVE", "0") not in ("", "0")
     url = os.environ.get("LLM_PROVIDER_URL", "").rstrip("/")
+    if url and live:
+        raise ProviderError(
+            "Live mode starts a provider of its own: unset LLM_PROVIDER_URL, or "
+            "start the provider there with --live and leave LLM_LIVE out."
+        )
+    _note_addresses()
+    if live and not _reader and _no_key():
+        raise ProviderError(
+            "Live mode calls OpenAI, and OPENAI_API_KEY is not set. Set it, or set "
+            "OPENAI_BASE_URL to a server that needs none, and start again."
+        )
     if url:
         _current = Provider(url)
     elif _current is None or _current._process is None:
-        _current = _start(None)
-    elif _current.exit_code is not None:
-        _current = _start(_current.url)
+        _current = _start(None, live)
+    elif _current.exit_code is not None or _current.live != live:
+        _current.stop()
+        _current = _start(_current.url, live)
     _current.configure(**settings)
     _set_environment(_current.url)
     _tell_when_it_ends()
@@ -134,14 +170,19 @@ def current() -> Provider:
     return _current
 
 
-def _start(earlier: str | None) -> Provider:
+def _start(earlier: str | None, live: bool) -> Provider:
     """Start the process, at an earlier address where that is still free."""
+    # It has no use for the key: the clients send it with each call.
+    hidden = {*ADDRESSES, "OPENAI_API_KEY"}
+    environ = {name: text for name, text in os.environ.items() if name not in hidden}
     port = earlier.rpartition(":")[2] if earlier else "0"
     # A file: a pipe that nobody reads would fill. It goes with the process.
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, "-m", "helpers.provider", "--port", port]
-        + ["--parent", str(os.getpid())],
+        + ["--parent", str(os.getpid())]
+        + ["--live"] * live,
+        env=environ | _reader,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -153,10 +194,10 @@ def _start(earlier: str | None) -> Provider:
     assert process.stdout is not None
     ready = process.stdout.readline()
     if ready:
-        return Provider(json.loads(ready)["url"], process)
+        return Provider(json.loads(ready)["url"], process, live=live)
     process.wait()
     if earlier:
-        return _start(None)
+        return _start(None, live)
     errors.seek(0)
     raise ProviderError(
         f"The provider could not be started (exit code {process.returncode}). "
@@ -164,12 +205,25 @@ def _start(earlier: str | None) -> Provider:
     )
 
 
+def _note_addresses() -> None:
+    """Remember the addresses that the reader set, before they are replaced."""
+    ours = f"{_current.url}/v1" if _current else None
+    if any(os.environ.get(name) != ours for name in ADDRESSES):
+        found = {name: os.environ.get(name, "") for name in ADDRESSES}
+        _reader.clear()
+        _reader.update({name: url for name, url in found.items() if url})
+
+
+def _no_key() -> bool:
+    return os.environ.get("OPENAI_API_KEY", "") in ("", NO_KEY)
+
+
 def _set_environment(url: str) -> None:
     """Set what the OpenAI clients, LangChain and their HTTP library read."""
     environ = os.environ
-    # LangChain reads the second name, and prefers it to the first.
-    environ["OPENAI_BASE_URL"] = environ["OPENAI_API_BASE"] = f"{url}/v1"
-    environ["OPENAI_API_KEY"] = environ.get("OPENAI_API_KEY") or "stub"
+    for name in ADDRESSES:
+        environ[name] = f"{url}/v1"
+    environ["OPENAI_API_KEY"] = environ.get("OPENAI_API_KEY") or NO_KEY
     environ.setdefault("LANGSMITH_TRACING", "false")
     if not urllib.request.getproxies():
         return  # and no NO_PROXY: LangChain would warn of a proxy set-up

@@ -11,15 +11,16 @@ import threading
 from aiohttp import web
 
 from .app import Provider
+from .live import OPENAI
 
 HOST = "127.0.0.1"  # loopback only, never 0.0.0.0
 POLL = 0.5  # seconds between two looks at who the parent is
 
 
-async def serve(port: int, parent: int | None) -> int:
+async def serve(port: int, parent: int | None, upstream: str | None) -> int:
     """Serve until stopped; where a parent is given, until it is gone."""
     runner = web.AppRunner(
-        Provider().app(),
+        Provider(upstream, os.environ.get("LLM_MODEL")).app(),
         access_log=None,
         handler_cancellation=True,
         shutdown_timeout=0.1,
@@ -74,9 +75,17 @@ def main() -> int:
     )
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--parent", type=int, help="end when this process has ended")
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help="forward to OPENAI_API_BASE, OPENAI_BASE_URL or OpenAI, with a cap",
+    )
     options = parser.parse_args()
+    environ = os.environ
+    base = environ.get("OPENAI_API_BASE") or environ.get("OPENAI_BASE_URL") or OPENAI
+    upstream = base if options.live else None
     try:
-        return asyncio.run(serve(options.port, options.parent))
+        return asyncio.run(serve(options.port, options.parent, upstream))
     except KeyboardInterrupt:
         return 0
 

@@ -5,7 +5,7 @@ import tomllib
 from functools import cache
 from importlib.resources import files
 
-from .behaviour import digest
+from .behaviour import digest, normal
 
 # A rough tokenizer, as no table can be fetched: up to six letters or digits,
 # or one other sign, with the white space before it.
@@ -19,7 +19,7 @@ def tokens(text: str) -> list[str]:
 
 def answer(prompt: str) -> str:
     """The stub's answer; white space and case of the prompt do not matter."""
-    key = _normal(prompt)
+    key = normal(prompt)
     known = _texts().get(key)
     if known is not None:
         return known
@@ -29,13 +29,9 @@ def answer(prompt: str) -> str:
     )
 
 
-def _normal(prompt: str) -> str:
-    return " ".join(prompt.casefold().split())
-
-
 @cache
 def _texts() -> dict[str, str]:
     table = tomllib.loads(
         files(__package__).joinpath("answers.toml").read_text("utf-8")
     )
-    return {_normal(prompt): text.strip() for prompt, text in table.items()}
+    return {normal(prompt): text.strip() for prompt, text in table.items()}

@@ -1,42 +1,65 @@
 """The provider's routes: OpenAI's API and, under /_provider, its control."""
 
 import asyncio
+import dataclasses
 import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from typing import NoReturn
 
 from aiohttp import web
 
-from . import behaviour, wire
+from . import behaviour, faults, wire
+from .batches import ENDPOINTS, Batches
+from .behaviour import Fault, normal
 from .journal import PREVIEW, Attempt, Journal
+from .live import Live
 
-BODY_MOST = 32 * 2**20  # bytes of a request's body
+BODY_MOST = 32 * 2**20  # bytes of a request's body; files have their own limit
 FRAME = 0.02  # seconds: the least time between two writes of one stream
+TRIES_MOST = 100_000  # prompts whose tries are counted
 DEFAULT_MODELS = ("gpt-3.5-turbo-instruct", "gpt-3.5-turbo")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENTRY = web.RequestKey("entry", Attempt)
+LIMITS = web.RequestKey("limits", dict[str, str])
 
 
 class Provider:
-    """The stub: OpenAI's routes, answered by a table after a chosen wait."""
+    """The stub: OpenAI's routes, answered by a table after a chosen wait.
 
-    def __init__(self) -> None:
+    With an `upstream` it answers nothing itself and forwards to it.
+    """
+
+    def __init__(self, upstream: str | None = None, model: str | None = None) -> None:
         self.settings = behaviour.Settings()
         self.journal = Journal()
+        self.limits = behaviour.Limits()
+        self.capacity = behaviour.Capacity()
+        self.batches = Batches(lambda: self.settings)
+        self.live = (
+            Live(upstream, model, lambda: self.settings, self.journal)
+            if upstream
+            else None
+        )
+        self._tries: Counter[str] = Counter()
 
     def app(self) -> web.Application:
         """The aiohttp application, with every route."""
         app = web.Application(middlewares=[self.record], client_max_size=BODY_MOST)
-        app.router.add_post("/v1/completions", self.completions)
-        app.router.add_post("/v1/chat/completions", self.chat)
+        for route in ENDPOINTS:
+            app.router.add_post(route, self.generate)
         app.router.add_get("/v1/models", self.models, allow_head=False)
         app.router.add_get("/v1/models/{id:.+}", self.model, allow_head=False)
+        self.batches.add_routes(app.router)
         app.router.add_get("/_provider/config", self.config)
         app.router.add_patch("/_provider/config", self.config)
         app.router.add_get("/_provider/journal", self.read_journal)
         app.router.add_get("/_provider/stats", self.stats)
         app.router.add_post("/_provider/reset", self.reset)
+        if self.live:
+            app.on_cleanup.append(self.live.close)
         return app
 
     # What every request goes through
@@ -53,64 +76,167 @@ class Provider:
         )
         entry.request_id = _request_id(self.settings.seed, entry.route, entry.attempt)
         request[ENTRY] = entry
-        disconnected = True
+        ended = False
         try:
-            response = await _answer(request, handler)
+            response = await self.answer(request, handler)
             if not response.prepared:
-                response.headers.update(self.headers(entry))
+                response.headers.update(self.headers(request))
                 self.journal.first_byte(entry, response.status)
                 await response.prepare(request)
             await response.write_eof()
-            disconnected = False
+            ended = True
         finally:
-            # Cancelled, or writing failed: the client has hung up.
-            self.journal.end(entry, disconnected=disconnected)
+            # Cancelled, or writing failed: the client has hung up, unless this
+            # side broke off.
+            broke_off = entry.fault in faults.BREAKING
+            self.journal.end(entry, disconnected=not ended and not broke_off)
         return response
 
-    def headers(self, entry: Attempt) -> dict[str, str]:
+    async def answer(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        """The handler's answer, or the API's error object in its place."""
+        try:
+            if self.live:
+                return await self.live.forward(request, request[ENTRY])
+            self.check_key(request)
+            return await handler(request)
+        except wire.ApiError as error:
+            problem = error
+        except web.HTTPNotFound:
+            problem = wire.no_route(request.method, request.path)
+        except web.HTTPMethodNotAllowed as error:
+            allowed = error.allowed_methods
+            problem = wire.no_method(request.method, request.path, list(allowed))
+        except web.HTTPRequestEntityTooLarge:
+            problem = wire.ApiError(413, f"The body is larger than {BODY_MOST} bytes.")
+        except web.RequestPayloadError:
+            problem = wire.ApiError(400, "The body could not be read.")
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            logging.exception("%s %s", request.method, request.path)
+            problem = wire.ApiError(
+                500,
+                "The provider had an error of its own; its log says more.",
+                kind="server_error",
+            )
+        return web.Response(
+            text=json.dumps(problem.body),
+            status=problem.status,
+            headers=problem.headers,
+            content_type="application/json",
+        )
+
+    def headers(self, request: web.Request) -> dict[str, str]:
         """The headers that the API sends with every answer."""
+        entry = request[ENTRY]
         return {
             "x-request-id": entry.request_id,
-            "openai-processing-ms": str(round(self.elapsed(entry) * 1000)),
+            "openai-processing-ms": str(
+                round((self.journal.now() - entry.arrival) * 1000)
+            ),
             "openai-version": "2020-10-01",
+            **request.get(LIMITS, {}),
         }
 
-    def elapsed(self, entry: Attempt) -> float:
-        """Seconds since this request arrived."""
-        return self.journal.now() - entry.arrival
+    def check_key(self, request: web.Request) -> None:
+        """Raise the API's 401 where only some keys are accepted and not this one."""
+        keys = self.settings.keys
+        if keys is not None:
+            given = request.headers.get("authorization", "")
+            if given.removeprefix("Bearer ") not in keys:
+                raise wire.no_key(bool(given))
+
+    def check_model(self, model: str) -> None:
+        """Raise the API's 404 where only some models exist and not this one."""
+        models = self.settings.models
+        if models is not None and model not in models:
+            raise wire.no_model(model)
 
     # OpenAI's API
 
-    async def completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions"""
-        return await self.generate(request, wire.Completion)
-
-    async def chat(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions"""
-        return await self.generate(request, wire.Chat)
-
-    async def generate(
-        self, request: web.Request, kind: type[wire.Generation]
-    ) -> web.StreamResponse:
-        """Answer a request for a completion when it is due."""
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request for a completion, a chat, … when its turn comes."""
         settings, entry = self.settings, request[ENTRY]
-        call = wire.read(kind, await request.read())
-        entry.model, entry.stream = call.model, bool(call.stream)
-        entry.prompt = call.questions[0][:PREVIEW]
+        call = wire.read(ENDPOINTS[request.path], await request.read())
+        generation = call if isinstance(call, wire.Generation) else None
+        entry.model, entry.prompt = call.model, call.questions[0][:PREVIEW]
+        entry.stream = bool(generation and generation.stream)
         self.check_model(call.model)
-        entry.prompt_tokens = call.usage["prompt_tokens"]
+        entry.prompt_tokens = call.asked
+        self.admit(request, call)
+        tries = self.count_try(call.questions[0], entry.attempt)
+        fault = behaviour.fault(settings, call.questions[0], tries)
         # Several prompts in one request are worked on side by side.
         pace = max(
-            behaviour.pace(settings, prompt, entry.attempt) for prompt in call.prompts
+            behaviour.pace(settings, prompt, entry.attempt, tries)
+            for prompt in call.prompts
         )
+        if fault == "slow":
+            later = pace.first_token + settings.slow
+            pace = dataclasses.replace(pace, first_token=later)
         key = behaviour.digest(settings.seed, *call.prompts, entry.attempt)
-        entry.request_id = _request_id(key)
-        if call.stream:
-            return await self.stream(request, call, key, pace)
-        tokens = max(len(cut) for cut, _ in call.choices)
-        await asyncio.sleep(pace.duration(tokens) - self.elapsed(entry))
-        entry.completion_tokens = call.usage["completion_tokens"]
-        return web.json_response(call.body(key))
+        entry.request_id, entry.fault = _request_id(key), fault or ""
+        begun = self.journal.now() if await self.capacity.enter() else entry.arrival
+        try:
+            if fault in faults.EARLY:
+                await asyncio.sleep(begun + pace.first_token - self.journal.now())
+                await self.fail(request, fault)
+            if generation and generation.stream and fault != "wrong_type":
+                return await self.stream(request, generation, key, pace, begun)
+            await asyncio.sleep(
+                begun + pace.duration(call.longest) - self.journal.now()
+            )
+            entry.completion_tokens = call.generated
+            return await self.whole(request, call.body(key), fault)
+        finally:
+            self.capacity.leave()
+
+    def admit(self, request: web.Request, call: wire.Call) -> None:
+        """Raise the API's 429 where the call goes past a limit."""
+        tokens = call.asked + call.generated
+        refusal = self.limits.admit(tokens, self.journal.now())
+        request[LIMITS] = self.limits.headers()
+        if refusal:
+            raise wire.rate_limit(refusal)
+
+    def count_try(self, question: str, attempt: int) -> int:
+        """How often this prompt was sent since the settings were last changed.
+
+        Only faults and the tail want to know, so only for them it is counted.
+        """
+        settings = self.settings
+        if not (settings.faults or settings.faults_by_prompt or settings.tail):
+            return attempt
+        if len(self._tries) >= TRIES_MOST:
+            self._tries.clear()
+        self._tries[normal(question)] += 1
+        return self._tries[normal(question)]
+
+    async def fail(self, request: web.Request, fault: Fault | None) -> NoReturn:
+        """Fail before a byte of the answer."""
+        if fault == "hang":
+            await faults.hang()
+        if fault == "reset":
+            faults.reset(request)
+            raise ConnectionResetError
+        raise wire.failure(503 if fault == "error_503" else 500)
+
+    async def whole(
+        self, request: web.Request, body: wire.Json, fault: Fault | None
+    ) -> web.StreamResponse:
+        """The answer as one body, unless a fault is to spoil it."""
+        if fault in ("truncated", "reset_midway"):
+            self.journal.first_byte(request[ENTRY], 200)
+            await faults.broken_off(
+                request, self.headers(request), body, abruptly=fault == "reset_midway"
+            )
+        if fault == "malformed":
+            return faults.malformed(body)
+        if fault == "wrong_type":
+            return faults.wrong_type()
+        return web.json_response(body)
 
     async def stream(
         self,
@@ -118,6 +244,7 @@ class Provider:
         call: wire.Generation,
         key: str,
         pace: behaviour.Pace,
+        begun: float,
     ) -> web.StreamResponse:
         """Send the answer token by token, each when it is due."""
         entry = request[ENTRY]
@@ -128,36 +255,33 @@ class Provider:
             }
         )
         first, *groups, last = call.events(key)
+        broken = entry.fault in faults.MIDWAY
+        end = len(groups) // 2 if broken else len(groups)
         sent = 0
-        while sent < len(groups):
+        while sent < end or not response.prepared:
             next_due = pace.duration(sent + 1) if sent else pace.first_token
-            wait = next_due - self.elapsed(entry)
+            wait = begun + next_due - self.journal.now()
             await asyncio.sleep(max(wait, FRAME if sent else 0))
-            elapsed = self.elapsed(entry)
-            due = max(sent + 1, pace.tokens_due(elapsed, len(groups)))
-            if not sent:
-                response.headers.update(self.headers(entry))
+            elapsed = self.journal.now() - begun
+            due = max(sent + 1, pace.tokens_due(elapsed, end))
+            if not response.prepared:
+                response.headers.update(self.headers(request))
                 await response.prepare(request)
                 self.journal.first_byte(entry, response.status)
                 await response.write(b"".join(first))
             await response.write(b"".join(b"".join(g) for g in groups[sent:due]))
             entry.completion_tokens += sum(map(len, groups[sent:due]))
             sent = due
-        await response.write(b"".join(last))
+        if broken:
+            await faults.broken_stream(request, response, entry.fault, b"".join(last))
+        else:
+            await response.write(b"".join(last))
         return response
-
-    def check_model(self, model: str) -> None:
-        """Raise the API's 404 where only some models exist and not this one."""
-        models = self.settings.models
-        if models is not None and model not in models:
-            raise wire.no_model(model)
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models"""
         names = self.settings.models or DEFAULT_MODELS
-        return web.json_response(
-            {"object": "list", "data": [wire.model_body(name) for name in names]}
-        )
+        return web.json_response(wire.models_body(names))
 
     async def model(self, request: web.Request) -> web.Response:
         """GET /v1/models/{id}"""
@@ -171,9 +295,14 @@ class Provider:
         """GET and PATCH /_provider/config: the settings, and some of them anew."""
         if request.method == "PATCH":
             try:
-                self.settings = self.settings.changed(dict(await request.json()))
+                changed = self.settings.changed(dict(await request.json()))
             except (TypeError, ValueError) as error:
                 return web.json_response({"error": str(error)}, status=400)
+            if changed != self.settings:
+                self.settings = changed
+                self.limits.change(changed, self.journal.now())
+                self.capacity.change(changed.capacity)
+                self._tries.clear()
         return web.json_response(self.settings.model_dump())
 
     async def read_journal(self, request: web.Request) -> web.Response:
@@ -187,7 +316,9 @@ class Provider:
 
     async def stats(self, request: web.Request) -> web.Response:
         """GET /_provider/stats: counts since the last reset."""
-        return web.json_response(self.journal.stats())
+        live = self.live
+        used = {"calls": live.calls, "tokens": live.tokens} if live else None
+        return web.json_response({**self.journal.stats(), "live": used})
 
     async def reset(self, request: web.Request) -> web.Response:
         """POST /_provider/reset: empty the journal, zero the counts."""
@@ -203,33 +334,3 @@ def _attempt(request: web.Request) -> int:
     """Which try this is, by what the SDK says of its own retries."""
     retries = request.headers.get("x-stainless-retry-count", "0")
     return 1 + int(retries) if retries.isdecimal() and len(retries) < 10 else 1
-
-
-async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The handler's answer, or the API's error object in its place."""
-    try:
-        return await handler(request)
-    except wire.ApiError as error:
-        problem = error
-    except web.HTTPNotFound:
-        problem = wire.no_route(request.method, request.path)
-    except web.HTTPMethodNotAllowed:
-        problem = wire.no_method(request.method, request.path)
-    except web.HTTPRequestEntityTooLarge:
-        problem = wire.ApiError(413, f"The body is larger than {BODY_MOST} bytes.")
-    except web.RequestPayloadError:
-        problem = wire.ApiError(400, "The body could not be read.")
-    except (ConnectionError, asyncio.CancelledError):
-        raise
-    except Exception:
-        logging.exception("%s %s", request.method, request.path)
-        problem = wire.ApiError(
-            500,
-            "The provider had an error of its own; its log says more.",
-            kind="server_error",
-        )
-    return web.Response(
-        text=json.dumps(problem.body),
-        status=problem.status,
-        content_type="application/json",
-    )

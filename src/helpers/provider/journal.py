@@ -32,6 +32,8 @@ class Attempt:
     stream: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    fault: str = ""
+    """What was made to go wrong with it."""
 
     @property
     def state(self) -> str:
@@ -40,7 +42,8 @@ class Attempt:
             return "in flight"
         if self.disconnected:
             return "cancelled"
-        return "failed" if (self.status or 500) >= 400 else "answered"
+        spoilt = self.fault and self.fault != "slow"
+        return "failed" if spoilt or (self.status or 500) >= 400 else "answered"
 
 
 class Journal:

@@ -1,14 +1,16 @@
-"""OpenAI's wire format: requests in, bodies, events and errors out.
+"""OpenAI's wire format: what all requests have in common, and completions.
 
 Source: OpenAI's API reference (platform.openai.com/docs/api-reference), the
-pages Completions, Chat, Streaming, Models and Errors; and the types of the
-openai SDK.
+pages Completions, Chat, Responses, Embeddings, Streaming, Models, Rate limits
+and Errors; and the types of the openai SDK.
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,14 +19,48 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from .answers import answer, tokens
+from .behaviour import Refusal
 
 Json = dict[str, Any]
-Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 Limit = Annotated[int, Field(ge=1)]
+Stop = str | Annotated[list[str], Field(max_length=4)]
+
+# Documented, accepted, and without effect: the answers come from a table, and
+# nothing is stored.
+NO_EFFECT = frozenset(
+    """
+    access_programs best_of context_management frequency_penalty include
+    logit_bias max_tool_calls metadata moderation output_expires_after
+    parallel_tool_calls prediction presence_penalty prompt_cache_key
+    prompt_cache_options prompt_cache_retention reasoning reasoning_effort
+    safety_identifier seed service_tier store temperature top_p truncation user
+    verbosity
+    """.split()
+)
+# Documented, and refused: the stub could not honestly do as it is told.
+REFUSED = {
+    "audio": "it makes no sound",
+    "background": "it keeps no responses",
+    "background_options": "it keeps no responses",
+    "conversation": "it keeps no conversations",
+    "echo": "it does not repeat prompts",
+    "function_call": "use 'tool_choice' in its place",
+    "functions": "use 'tools' in their place",
+    "image": "it makes no pictures",
+    "input_transformations": "it knows none",
+    "logprobs": "a table has no probabilities",
+    "previous_response_id": "it keeps no responses",
+    "prompt": "it keeps no prompt templates",
+    "suffix": "it fills nothing in",
+    "top_logprobs": "a table has no probabilities",
+    "web_search_options": "it has no tools of its own",
+}
+
+
+# Errors
 
 
 class ApiError(Exception):
@@ -37,257 +73,12 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         kind: str = "invalid_request_error",
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers or {}
         error = {"message": message, "type": kind, "param": param, "code": code}
         self.body: Json = {"error": error}
-
-
-class Checked(BaseModel):
-    """An object of the API; fields that are not named here are ignored."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class StreamOptions(Checked):
-    """What a stream should carry besides the answer."""
-
-    include_usage: bool = False
-
-
-class Generation(Checked):
-    """A request for an answer: what completions and chats have in common."""
-
-    PREFIX: ClassVar[str]
-    KIND: ClassVar[str]
-    KIND_OF_EVENT: ClassVar[str]
-
-    model: str
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Limit | None = None
-
-    @field_validator("stream_options")
-    @classmethod
-    def _only_for_a_stream(
-        cls, options: StreamOptions | None, info: ValidationInfo
-    ) -> StreamOptions | None:
-        if options and not info.data.get("stream"):
-            raise ValueError("it goes with 'stream': true")
-        return options
-
-    @property
-    def prompts(self) -> list[str]:
-        """The texts that ids and latency depend on, one for each answer."""
-        raise NotImplementedError
-
-    @property
-    def questions(self) -> list[str]:
-        """The texts that are answered, one for each of the prompts."""
-        return self.prompts
-
-    @property
-    def limit(self) -> int | None:
-        """The most tokens that each answer may have."""
-        return self.max_tokens
-
-    @cached_property
-    def choices(self) -> list[tuple[list[str], str]]:
-        """The tokens and the finish reason of each choice, by its index."""
-        found = []
-        for question in self.questions:
-            whole = tokens(answer(question))
-            cut = whole[: self.limit]
-            reason = "length" if len(cut) < len(whole) else "stop"
-            found += [(cut, reason)] * (self.n or 1)
-        return found
-
-    @cached_property
-    def usage(self) -> Json:
-        """The usage object; tokens are the stub's own rough count."""
-        asked = sum(len(tokens(prompt)) for prompt in self.prompts)
-        generated = sum(len(cut) for cut, _ in self.choices)
-        return {
-            "prompt_tokens": asked,
-            "completion_tokens": generated,
-            "total_tokens": asked + generated,
-        }
-
-    def whole(self, text: str) -> Json:
-        """The part of a choice that holds the whole answer."""
-        raise NotImplementedError
-
-    def piece(self, text: str) -> Json:
-        """The part of an event's choice that holds a token, or '' at the end."""
-        raise NotImplementedError
-
-    def head(self, key: str, kind: str) -> Json:
-        """What a body and every event begin with; ids come from the `key`."""
-        return {
-            "id": f"{self.PREFIX}-{key[:29]}",
-            "object": kind,
-            "created": 1_700_000_000 + int(key[:6], 16),
-            "model": self.model,
-            "system_fingerprint": "fp_stub",
-        }
-
-    def body(self, key: str) -> Json:
-        """The answer as one JSON body."""
-        choices = [
-            {**_choice(index, reason), **self.whole("".join(cut))}
-            for index, (cut, reason) in enumerate(self.choices)
-        ]
-        return {**self.head(key, self.KIND), "choices": choices, "usage": self.usage}
-
-    def events(self, key: str) -> Iterator[list[bytes]]:
-        """The answer as server-sent events, in groups.
-
-        The first group comes before any token; then one group a token, for
-        all choices at once; the last group closes the stream.
-        """
-        head = self.head(key, self.KIND_OF_EVENT)
-        if self.stream_options and self.stream_options.include_usage:
-            head["usage"] = None
-
-        def event(index: int, piece: Json, reason: str | None = None) -> bytes:
-            return _sse({**head, "choices": [{**_choice(index, reason), **piece}]})
-
-        yield [
-            event(i, piece) for i in range(len(self.choices)) for piece in self.first
-        ]
-        for position in range(max(len(cut) for cut, _ in self.choices)):
-            yield [
-                event(index, self.piece(cut[position]))
-                for index, (cut, _) in enumerate(self.choices)
-                if position < len(cut)
-            ]
-        last = [
-            event(index, self.piece(""), reason)
-            for index, (_, reason) in enumerate(self.choices)
-        ]
-        if "usage" in head:
-            last.append(_sse({**head, "choices": [], "usage": self.usage}))
-        yield [*last, b"data: [DONE]\n\n"]
-
-    first: ClassVar[list[Json]] = []
-
-
-class Completion(Generation):
-    """POST /v1/completions; tokens as numbers are refused: there is no table."""
-
-    PREFIX, KIND, KIND_OF_EVENT = "cmpl", "text_completion", "text_completion"
-
-    prompt: str | Annotated[list[str], Field(min_length=1)]
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
-
-    def whole(self, text: str) -> Json:
-        return {"text": text}
-
-    piece = whole
-
-
-class Text(Checked):
-    """A text part of a message; the stub reads no other."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Checked):
-    """One message of a chat."""
-
-    role: Role
-    content: str | list[Text] | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role '{self.role}' needs 'content'")
-        return self
-
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
-
-class Chat(Generation):
-    """POST /v1/chat/completions"""
-
-    PREFIX, KIND, KIND_OF_EVENT = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    first: ClassVar[list[Json]] = [
-        {"delta": {"role": "assistant", "content": "", "refusal": None}}
-    ]
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Limit | None = None
-
-    @property
-    def prompts(self) -> list[str]:
-        return ["\n".join(message.text for message in self.messages)]
-
-    @property
-    def questions(self) -> list[str]:
-        asked = [message for message in self.messages if message.role == "user"]
-        return [(asked or self.messages)[-1].text]
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @cached_property
-    def usage(self) -> Json:
-        details = {
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
-        }
-        return super().usage | details
-
-    def head(self, key: str, kind: str) -> Json:
-        return {**super().head(key, kind), "service_tier": "default"}
-
-    def whole(self, text: str) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": {**message, "annotations": []}}
-
-    def piece(self, text: str) -> Json:
-        return {"delta": {"content": text} if text else {}}
-
-
-def read(kind: type[Generation], raw: bytes) -> Generation:
-    """Read a request's body; raises ApiError 400 with the field at fault."""
-    try:
-        return kind.model_validate_json(raw)
-    except ValidationError as error:
-        # A value that fits no member of a union has an error for each: the
-        # one that went deepest says most, and a wrong length more than a type.
-        problem = max(
-            error.errors(),
-            key=lambda one: (len(one["loc"]), one["type"] == "too_short"),
-        )
-    reason = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "json_invalid":
-        raise ApiError(400, f"The body could not be parsed. {reason}.")
-    param = _path(problem["loc"]) or None
-    if param is None:
-        raise ApiError(400, "The body could not be parsed: it is not a JSON object.")
-    if problem["type"] == "missing":
-        message, code = "Missing required parameter", "missing_required_parameter"
-        raise ApiError(400, f"{message}: '{param}'.", param, code)
-    if problem["type"].endswith("_type"):
-        raise ApiError(
-            400, f"Invalid type for '{param}': {reason}.", param, "invalid_type"
-        )
-    raise ApiError(
-        400, f"Invalid value for '{param}': {reason}.", param, "invalid_value"
-    )
 
 
 def no_model(model: str) -> ApiError:
@@ -301,10 +92,352 @@ def no_route(method: str, path: str) -> ApiError:
     return ApiError(404, f"Invalid URL ({method} {path})")
 
 
-def no_method(method: str, path: str) -> ApiError:
+def no_method(method: str, path: str, allowed: Sequence[str]) -> ApiError:
     """What the API says of a method that a route does not take."""
     message = f"Not allowed to {method} on {path}."
-    return ApiError(405, message, code="method_not_supported")
+    headers = {"allow": ", ".join(sorted(allowed))}
+    return ApiError(405, message, code="method_not_supported", headers=headers)
+
+
+def no_key(given: bool) -> ApiError:
+    """What the API says of a key that it does not know; the key is not told."""
+    if given:
+        return ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+    message = (
+        "You didn't provide an API key. You need to provide your API key in an "
+        "Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+    )
+    return ApiError(401, message)
+
+
+def rate_limit(refusal: Refusal) -> ApiError:
+    """What the API says of a call that goes past a limit, and when to retry."""
+    name, bucket, wait = refusal.bucket.name, refusal.bucket, refusal.retry_after
+    unit = {"requests": "RPM", "tokens": "TPM"}[name]
+    code = "rate_limit_exceeded"
+    if math.isinf(wait):
+        message = (
+            f"Request too large on {name} per min ({unit}): at most "
+            f"{bucket.size:.0f} at once, Requested {refusal.asked:.0f}."
+        )
+        return ApiError(429, message, code=code, kind=name)
+    message = (
+        f"Rate limit reached on {name} per min ({unit}): Limit "
+        f"{bucket.per_minute:.0f}, Requested {refusal.asked:.0f}. "
+        f"Please try again in {wait:.3f}s."
+    )
+    headers = {
+        "retry-after": str(math.ceil(wait)),
+        "retry-after-ms": str(math.ceil(wait * 1000)),
+    }
+    return ApiError(429, message, code=code, kind=name, headers=headers)
+
+
+def failure(status: int) -> ApiError:
+    """What the API says of a failure on its side."""
+    if status == 503:
+        message = "The engine is currently overloaded, please try again later."
+    else:
+        message = "The server had an error while processing your request. Sorry!"
+    return ApiError(status, message, kind="server_error")
+
+
+# Requests
+
+
+class Checked(BaseModel):
+    """An object of the API; fields that are not named here are ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+
+CheckedT = TypeVar("CheckedT", bound=Checked)
+
+
+class Call(Checked):
+    """A request with a model and a prompt: what all such routes have in common."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    ROUTE: ClassVar[str]
+
+    model: str
+
+    @property
+    def prompts(self) -> list[str]:
+        """The texts that ids and latency depend on, one for each answer."""
+        raise NotImplementedError
+
+    @property
+    def questions(self) -> list[str]:
+        """The texts that are answered, one for each of the prompts."""
+        return self.prompts
+
+    @cached_property
+    def asked(self) -> int:
+        """The tokens of the prompts, by the stub's own rough count."""
+        return sum(len(tokens(prompt)) for prompt in self.prompts)
+
+    @property
+    def generated(self) -> int:
+        """The tokens of all answers."""
+        return 0
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest answer."""
+        return 0
+
+    def body(self, key: str) -> Json:
+        """The answer as one JSON body; ids come from the `key`."""
+        raise NotImplementedError
+
+
+CallT = TypeVar("CallT", bound=Call)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer: a text, or the arguments of a function that is called."""
+
+    tokens: list[str]
+    reason: str
+    function: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole answer."""
+        return "".join(self.tokens)
+
+
+def cut(text: str, limit: int | None, stop: Stop | None = None) -> Choice:
+    """The text up to the first stop sequence, and no longer than the limit."""
+    for sequence in [stop] if isinstance(stop, str) else stop or []:
+        text = text.partition(sequence)[0] if sequence else text
+    whole = tokens(text)
+    kept = whole[:limit]
+    return Choice(kept, "length" if len(kept) < len(whole) else "stop")
+
+
+class Generation(Call):
+    """A request for a text, whole or as a stream of server-sent events."""
+
+    stream: bool | None = None
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        """The answers, by their index."""
+        raise NotImplementedError
+
+    @property
+    def generated(self) -> int:
+        return sum(len(choice.tokens) for choice in self.choices)
+
+    @property
+    def longest(self) -> int:
+        return max(len(choice.tokens) for choice in self.choices)
+
+    def events(self, key: str) -> Iterator[list[bytes]]:
+        """The answer as server-sent events, in groups.
+
+        The first group comes before any token; then one group a token, for
+        all choices at once; the last group closes the stream.
+        """
+        raise NotImplementedError
+
+
+class StreamOptions(Checked):
+    """What a stream should carry besides the answer."""
+
+    include_usage: bool = False
+
+
+class Numbered(Generation):
+    """Completions and chats: `n` choices, told apart by their index."""
+
+    PREFIX: ClassVar[str]
+    KIND: ClassVar[str]
+    KIND_OF_EVENT: ClassVar[str]
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Limit | None = None
+    stop: Stop | None = None
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_for_a_stream(
+        cls, options: StreamOptions | None, info: ValidationInfo
+    ) -> StreamOptions | None:
+        if options and not info.data.get("stream"):
+            raise ValueError("it goes with 'stream': true")
+        return options
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that each answer may have."""
+        return self.max_tokens
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        each = [self.reply(question) for question in self.questions]
+        return [choice for choice in each for _ in range(self.n or 1)]
+
+    def reply(self, question: str) -> Choice:
+        """The answer to one question."""
+        return cut(answer(question), self.limit, self.stop)
+
+    @property
+    def usage(self) -> Json:
+        """The usage object; tokens are the stub's own rough count."""
+        return {
+            "prompt_tokens": self.asked,
+            "completion_tokens": self.generated,
+            "total_tokens": self.asked + self.generated,
+        }
+
+    def whole(self, choice: Choice, key: str) -> Json:
+        """The part of a choice that holds the whole answer."""
+        raise NotImplementedError
+
+    def opening(self, choice: Choice, key: str) -> list[Json]:
+        """The parts of a choice that come before its first token."""
+        return []
+
+    def piece(self, choice: Choice, token: str) -> Json:
+        """The part of an event's choice that holds a token, or '' at the end."""
+        raise NotImplementedError
+
+    def head(self, key: str, kind: str) -> Json:
+        """What a body and every event begin with; ids come from the `key`."""
+        return {
+            "id": f"{self.PREFIX}-{key[:29]}",
+            "object": kind,
+            "created": created(key),
+            "model": self.model,
+            "system_fingerprint": "fp_stub",
+        }
+
+    def body(self, key: str) -> Json:
+        choices = [
+            {**_indexed(index, choice.reason), **self.whole(choice, f"{index}{key}")}
+            for index, choice in enumerate(self.choices)
+        ]
+        return {**self.head(key, self.KIND), "choices": choices, "usage": self.usage}
+
+    def events(self, key: str) -> Iterator[list[bytes]]:
+        head = self.head(key, self.KIND_OF_EVENT)
+        if self.stream_options and self.stream_options.include_usage:
+            head["usage"] = None
+        choices = list(enumerate(self.choices))
+
+        def event(index: int, piece: Json, reason: str | None = None) -> bytes:
+            return sse({**head, "choices": [{**_indexed(index, reason), **piece}]})
+
+        yield [
+            event(index, piece)
+            for index, choice in choices
+            for piece in self.opening(choice, f"{index}{key}")
+        ]
+        for position in range(self.longest):
+            yield [
+                event(index, self.piece(choice, choice.tokens[position]))
+                for index, choice in choices
+                if position < len(choice.tokens)
+            ]
+        last = [
+            event(index, self.piece(choice, ""), choice.reason)
+            for index, choice in choices
+        ]
+        if "usage" in head:
+            last.append(sse({**head, "choices": [], "usage": self.usage}))
+        yield [*last, b"data: [DONE]\n\n"]
+
+
+class Completion(Numbered):
+    """POST /v1/completions; tokens as numbers are refused: there is no table."""
+
+    ROUTE = "/v1/completions"
+    PREFIX, KIND, KIND_OF_EVENT = "cmpl", "text_completion", "text_completion"
+
+    prompt: str | Annotated[list[str], Field(min_length=1)]
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    def whole(self, choice: Choice, key: str) -> Json:
+        return {"text": choice.text}
+
+    def piece(self, choice: Choice, token: str) -> Json:
+        return {"text": token}
+
+
+def read(kind: type[CallT], raw: bytes) -> CallT:
+    """Read a call's body; raises ApiError 400 with the field at fault."""
+    call = parse(kind, raw)
+    for name, value in (call.model_extra or {}).items():
+        _check_extra(name, value)
+    return call
+
+
+def parse(kind: type[CheckedT], raw: bytes) -> CheckedT:
+    """Read an object; raises ApiError 400 with the field at fault."""
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        # A value that fits no member of a union has an error for each: the
+        # one that went deepest says most, and a wrong length more than a type.
+        problem = max(
+            error.errors(),
+            key=lambda one: (len(one["loc"]), one["type"] == "too_short"),
+        )
+    reason = problem["msg"].removeprefix("Value error, ")
+    param = _path(problem["loc"]) or None
+    match problem["type"]:
+        case "json_invalid":
+            message, code = f"The body could not be parsed. {reason}.", None
+        case "missing":
+            message = f"Missing required parameter: '{param}'."
+            code = "missing_required_parameter"
+        case "value_error" if param is None:
+            message, code = f"{reason}.", "invalid_value"
+        case _ if param is None:
+            message, code = "The body could not be parsed: it is no JSON object.", None
+        case "literal_error" | "union_tag_invalid":
+            message = f"Invalid value for '{param}': {reason}. This stub has no other."
+            code = "invalid_value"
+        case kind_of if kind_of.endswith("_type"):
+            message = f"Invalid type for '{param}': {reason}."
+            code = "invalid_type"
+        case _:
+            message, code = f"Invalid value for '{param}': {reason}.", "invalid_value"
+    raise ApiError(400, message, param, code)
+
+
+def _check_extra(name: str, value: object) -> None:
+    """Refuse a parameter that nobody knows, or that this stub cannot follow."""
+    if name in NO_EFFECT:
+        return
+    if name == "modalities" and value in (None, ["text"]):
+        return
+    if name == "modalities":
+        message = f"'{name}' = {value!r}: this stub answers with text only."
+        raise ApiError(400, message, name, "unsupported_value")
+    if name not in REFUSED:
+        message = f"Unrecognized request argument supplied: {name}"
+        raise ApiError(400, message, name, "unknown_parameter")
+    if value:  # not asked for: null, false, 0, an empty list
+        message = f"'{name}' is not supported by this stub: {REFUSED[name]}."
+        raise ApiError(400, message, name, "unsupported_parameter")
+
+
+# Bodies
+
+
+def models_body(names: Sequence[str]) -> Json:
+    """What `GET /v1/models` gives."""
+    return {"object": "list", "data": [model_body(name) for name in names]}
 
 
 def model_body(model: str) -> Json:
@@ -312,9 +445,20 @@ def model_body(model: str) -> Json:
     return {
         "id": model,
         "object": "model",
-        "created": 1_700_000_000,
+        "created": created("0" * 6),
         "owned_by": "stub",
     }
+
+
+def created(key: str) -> int:
+    """A time in seconds since 1970, by the key alone."""
+    return 1_700_000_000 + int(key[:6], 16)
+
+
+def sse(event: Json, name: str = "") -> bytes:
+    """A server-sent event."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(event)}\n\n".encode()
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
@@ -328,9 +472,5 @@ def _path(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-def _choice(index: int, reason: str | None) -> Json:
+def _indexed(index: int, reason: str | None) -> Json:
     return {"index": index, "logprobs": None, "finish_reason": reason}
-
-
-def _sse(event: Json) -> bytes:
-    return f"data: {json.dumps(event)}\n\n".encode()

@@ -1,0 +1,262 @@
+"""POST /v1/chat/completions: messages, function tools and response formats."""
+
+import json
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .answers import answer
+from .schema import UnsupportedError, instance, loose
+from .wire import ApiError, Checked, Choice, Json, Limit, Numbered, cut
+
+Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
+
+
+class Function(Checked):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: Json | None = None
+    strict: bool | None = None
+
+
+class Schema(Checked):
+    """The schema that an answer must have."""
+
+    name: str
+    description: str | None = None
+    schema_: Json = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class Tool(Checked):
+    """A function tool; the stub has no tools of its own."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Name(Checked):
+    """The name of a function."""
+
+    name: str
+
+
+class Forced(Checked):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    function: Name
+
+
+class Format(Checked):
+    """What an answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("'json_schema' is missing")
+        return self
+
+
+class Part(Checked):
+    """A text part of a message; the stub reads no other."""
+
+    type: Literal["text", "refusal"]
+    text: str = ""
+
+
+class Called(Checked):
+    """A call that the model made earlier."""
+
+    id: str
+
+
+class Message(Checked):
+    """One message of a chat."""
+
+    role: Role
+    content: str | list[Part] | None = None
+    tool_calls: list[Called] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role '{self.role}' needs 'content'")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of role 'tool' needs 'tool_call_id'")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class Chat(Numbered):
+    """POST /v1/chat/completions"""
+
+    ROUTE = "/v1/chat/completions"
+    PREFIX, KIND, KIND_OF_EVENT = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Limit | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Forced | None = None
+    response_format: Format | None = None
+
+    @model_validator(mode="after")
+    def _answers_a_call(self) -> Self:
+        called: set[str | None] = set()
+        for index, message in enumerate(self.messages):
+            called |= {call.id for call in message.tool_calls or ()}
+            if message.role == "tool" and message.tool_call_id not in called:
+                raise ValueError(
+                    f"messages[{index}].tool_call_id: no earlier message has "
+                    f"'tool_calls' with the id '{message.tool_call_id}'"
+                )
+        return self
+
+    @property
+    def prompts(self) -> list[str]:
+        return ["\n".join(message.text for message in self.messages)]
+
+    @property
+    def questions(self) -> list[str]:
+        asked = [message for message in self.messages if message.role == "user"]
+        return [(asked or self.messages)[-1].text]
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def usage(self) -> Json:
+        details = {
+            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        }
+        return super().usage | details
+
+    def reply(self, question: str) -> Choice:
+        forced = self.tool_choice
+        wish = forced.function.name if isinstance(forced, Forced) else None
+        function = choose_function(
+            [tool.function for tool in self.tools or ()],
+            wish or (forced if isinstance(forced, str) else "auto"),
+            question,
+            done=self.messages[-1].role == "tool",
+        )
+        if function:
+            return call_function(function, question, self.limit, named=bool(wish))
+        wanted = self.response_format
+        if wanted and wanted.json_schema:
+            schema = wanted.json_schema.schema_
+            text = json_text(schema, question, "response_format.json_schema.schema")
+        elif wanted and wanted.type == "json_object":
+            text = json_object(self.prompts[0], question)
+        else:
+            text = answer(question)
+        return cut(text, self.limit, self.stop)
+
+    def head(self, key: str, kind: str) -> Json:
+        return {**super().head(key, kind), "service_tier": "default"}
+
+    def whole(self, choice: Choice, key: str) -> Json:
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.function:
+            call = {"name": choice.function, "arguments": choice.text}
+            message["content"] = None
+            message["tool_calls"] = [
+                {"id": call_id(key), "type": "function", "function": call}
+            ]
+        return {"message": {**message, "annotations": []}}
+
+    def opening(self, choice: Choice, key: str) -> list[Json]:
+        delta: Json = {"role": "assistant", "content": "", "refusal": None}
+        if choice.function:
+            call = {"name": choice.function, "arguments": ""}
+            delta["content"] = None
+            delta["tool_calls"] = [
+                {"index": 0, "id": call_id(key), "type": "function", "function": call}
+            ]
+        return [{"delta": delta}]
+
+    def piece(self, choice: Choice, token: str) -> Json:
+        if not token:
+            return {"delta": {}}
+        if choice.function:
+            return {
+                "delta": {
+                    "tool_calls": [{"index": 0, "function": {"arguments": token}}]
+                }
+            }
+        return {"delta": {"content": token}}
+
+
+def choose_function(
+    functions: list[Function], wish: str, question: str, *, done: bool
+) -> Function | None:
+    """The function that is called, if one is.
+
+    `wish` is none, auto, required, or a name. Left to itself, the stub calls
+    the function whose name has most words in common with the question, once.
+    """
+    if wish == "none" or not functions:
+        if wish not in ("none", "auto"):
+            raise ApiError(400, "'tool_choice' goes with 'tools'.", "tool_choice")
+        return None
+
+    def common(function: Function) -> int:
+        words = re.findall(r"[^\W_]{4,}", function.name.casefold())
+        return sum(word in question.casefold() for word in words)
+
+    if wish in ("auto", "required"):
+        best = max(functions, key=common)
+        return best if wish == "required" or (common(best) and not done) else None
+    for function in functions:
+        if function.name == wish:
+            return function
+    raise ApiError(400, f"There is no tool '{wish}' in 'tools'.", "tool_choice")
+
+
+def call_function(
+    function: Function, question: str, limit: int | None, *, named: bool
+) -> Choice:
+    """The call; where it was told by name, it ends as a text does."""
+    text = json_text(function.parameters or {"type": "object"}, question, "tools")
+    made = cut(text, limit)
+    if made.reason == "stop" and not named:
+        return Choice(made.tokens, "tool_calls", function.name)
+    return Choice(made.tokens, made.reason, function.name)
+
+
+def json_text(schema: Json, question: str, param: str) -> str:
+    """An instance of the schema; ApiError 400 for what the stub does not know."""
+    try:
+        made = instance(schema, question)
+    except UnsupportedError as error:
+        message = f"Invalid schema in '{param}': this stub does not know {error}."
+        raise ApiError(400, message, param, "invalid_schema") from None
+    return json.dumps(made, ensure_ascii=False)
+
+
+def json_object(prompt: str, question: str) -> str:
+    """An answer for JSON mode, which wants the word in the messages."""
+    if "json" not in prompt.casefold():
+        message = "'messages' must contain the word 'json' in some form."
+        raise ApiError(400, message, "messages")
+    return json.dumps(loose(prompt, answer(question)), ensure_ascii=False)
+
+
+def call_id(key: str) -> str:
+    """The id of a function's call."""
+    return f"call_{key[:24]}"

@@ -1,0 +1,61 @@
+"""POST /v1/embeddings: unit vectors that depend on the text alone."""
+
+import base64
+import hashlib
+import math
+import sys
+from array import array
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .wire import Call, Json
+
+LENGTH = 1536  # numbers in a vector, unless the request says otherwise
+Texts = Annotated[list[str], Field(min_length=1, max_length=2048)]
+Tokens = Annotated[list[int], Field(min_length=1)]
+
+
+class Embedding(Call):
+    """POST /v1/embeddings; the input is texts, or tokens as numbers."""
+
+    ROUTE = "/v1/embeddings"
+
+    input: str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    dimensions: Annotated[int, Field(ge=1, le=4096)] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [str(self.input)]
+        return [str(one) for one in self.input]
+
+    def body(self, key: str) -> Json:
+        """The vectors, in the order of the texts."""
+        data = [
+            {"object": "embedding", "index": index, "embedding": self.encoded(text)}
+            for index, text in enumerate(self.prompts)
+        ]
+        usage = {"prompt_tokens": self.asked, "total_tokens": self.asked}
+        return {"object": "list", "data": data, "model": self.model, "usage": usage}
+
+    def encoded(self, text: str) -> list[float] | str:
+        """The text's vector, as the request wants it."""
+        vector = unit_vector(text, self.dimensions or LENGTH)
+        if self.encoding_format != "base64":
+            return vector
+        floats = array("f", vector)
+        if sys.byteorder == "big":
+            floats.byteswap()
+        return base64.b64encode(floats.tobytes()).decode()
+
+
+def unit_vector(text: str, length: int) -> list[float]:
+    """A vector of length 1 by the text alone; similar texts are not near."""
+    seed = text.encode(errors="surrogatepass")
+    drawn = array("i", hashlib.shake_256(seed).digest(4 * length))
+    norm = math.sqrt(math.fsum(value * value for value in drawn))
+    return [value / norm for value in drawn]

@@ -1,0 +1,264 @@
+"""Live: forward calls to a real endpoint, and stop at a cap.
+
+Keys pass through in the client's own header; they are not looked at, kept or
+written anywhere.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientPayloadError,
+    ClientResponse,
+    ClientSession,
+    ClientTimeout,
+    web,
+)
+from multidict import CIMultiDict
+from yarl import URL
+
+from .answers import tokens
+from .behaviour import Settings
+from .journal import PREVIEW, Attempt, Journal
+from .wire import ApiError, Json
+
+OPENAI = "https://api.openai.com/v1"
+TIMEOUT = ClientTimeout(total=None, sock_connect=10, sock_read=600)  # seconds
+UNLIMITED = 500  # tokens set aside for an answer whose call names no limit
+TAIL = 4096  # bytes at the end of an answer, in which its usage stands
+DONE = b"data: [DONE]\n\n"  # the last event of a completion's stream
+# What belongs to one connection, and not to the message (RFC 9110, 7.6.1).
+HOP = frozenset(
+    """
+    connection content-length host keep-alive proxy-authenticate
+    proxy-authorization te trailer transfer-encoding upgrade
+    """.split()
+)
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+FORWARDED = (*GENERATING, "/v1/embeddings")
+
+
+class UnreachedError(ApiError):
+    """Nothing was sent, since there is no connection to the upstream."""
+
+
+class Live:
+    """Forwards calls, and counts what they use."""
+
+    def __init__(
+        self,
+        upstream: str,
+        model: str | None,
+        settings: Callable[[], Settings],
+        journal: Journal,
+    ) -> None:
+        self.upstream = URL(upstream.rstrip("/"))
+        self.model = model
+        self.calls = self.tokens = 0
+        self._settings, self._journal = settings, journal
+        self._session: ClientSession | None = None
+
+    @property
+    def where(self) -> str:
+        """The upstream's host, for messages; never its user or password."""
+        return self.upstream.host or str(self.upstream.with_user(None))
+
+    async def close(self, app: web.Application | None = None) -> None:
+        """Close the connections."""
+        if self._session:
+            await self._session.close()
+
+    async def forward(self, request: web.Request, entry: Attempt) -> web.StreamResponse:
+        """Send the request on, and its answer back as it comes.
+
+        Raises ApiError 403 at the cap, before anything is sent, 404 for a
+        route that is not forwarded, and 502 or 504 where no answer comes.
+        """
+        raw = await request.read()
+        if request.method == "POST" and request.path in FORWARDED:
+            return await self.call(request, entry, *self.with_model(raw))
+        if request.method == "GET" and request.path.startswith("/v1/models"):
+            return await self.relay(request, entry, await self.send(request, raw))
+        message = f"Live mode does not forward {request.path}: its cap could not hold."
+        raise ApiError(404, message, code="not_forwarded")
+
+    async def call(
+        self, request: web.Request, entry: Attempt, raw: bytes, body: Json
+    ) -> web.StreamResponse:
+        """Forward a call that costs, and count what it has used."""
+        entry.model, entry.prompt = str(body.get("model", "")), prompt(body)[:PREVIEW]
+        entry.stream = bool(body.get("stream"))
+        asked, most = reserve(body, generates=request.path in GENERATING)
+        self.check_cap(asked + most)
+        self.calls += 1
+        self.tokens += asked + most
+        try:
+            answer = await self.send(request, raw)
+        except UnreachedError:
+            self.calls -= 1
+            self.tokens -= asked + most
+            raise
+        response = await self.relay(request, entry, answer)
+        # What is broken off stays counted in full: it may be charged.
+        if answer.status >= 400:
+            asked_now, generated = 0, 0
+        else:
+            asked_now, generated = entry.prompt_tokens, entry.completion_tokens
+            if not asked_now:  # no usage told: the events of a stream are counted
+                asked_now = entry.prompt_tokens = asked
+        self.tokens += asked_now + generated - asked - most
+        return response
+
+    async def relay(
+        self, request: web.Request, entry: Attempt, answer: ClientResponse
+    ) -> web.StreamResponse:
+        """Pass the answer on, chunk by chunk, and note its usage."""
+        response = web.StreamResponse(status=answer.status, reason=answer.reason)
+        response.headers.extend(_passed(answer.headers))
+        response.content_length = answer.content_length
+        tail, events = b"", 0
+        try:
+            await response.prepare(request)
+            self._journal.first_byte(entry, answer.status)
+            async for chunk in answer.content.iter_any():
+                tail, events = (tail + chunk)[-TAIL:], events + chunk.count(b"data: ")
+                await response.write(chunk)
+                if tail.endswith(DONE):  # here the SDK hangs up, so this is the end
+                    break
+        except (ClientPayloadError, TimeoutError):
+            entry.fault = "upstream"
+            if request.transport:  # half an answer must not look like a whole one
+                request.transport.abort()
+            raise ConnectionResetError("the upstream broke off") from None
+        finally:
+            answer.close()
+        entry.prompt_tokens, entry.completion_tokens = usage(tail)
+        if not entry.prompt_tokens:
+            entry.completion_tokens = events
+        return response
+
+    def check_cap(self, reserved: int) -> None:
+        """Raise ApiError 403 where another call would go past a cap."""
+        settings = self._settings()
+        for name, cap, used, more in (
+            ("max_calls", settings.max_calls, self.calls, 1),
+            ("max_tokens", settings.max_tokens, self.tokens, reserved),
+        ):
+            if used + more > cap:
+                message = (
+                    f"Not sent: the cap {name}={cap} of live mode is reached ({used} "
+                    f"used, this call may take {more}). To raise it: "
+                    f"connect(live=True, {name}=…)."
+                )
+                raise ApiError(403, message, name, "live_cap", kind="live_cap")
+
+    def with_model(self, raw: bytes) -> tuple[bytes, Json]:
+        """The body with LLM_MODEL in it, where that is set; raises ApiError 400."""
+        try:
+            body = json.loads(raw)
+            if not isinstance(body, dict):
+                raise ValueError
+        except ValueError:
+            raise ApiError(
+                400, "The body could not be parsed: no JSON object."
+            ) from None
+        if not self.model:
+            return raw, body
+        body["model"] = self.model
+        return json.dumps(body).encode(), body
+
+    async def send(self, request: web.Request, raw: bytes) -> ClientResponse:
+        """Send the request on; raises ApiError 502 or 504 where none answers."""
+        if self._session is None:
+            self._session = ClientSession(
+                timeout=TIMEOUT, trust_env=True, auto_decompress=False
+            )
+        headers = _passed(request.headers)
+        headers["accept-encoding"] = "identity"  # so that usage can be read
+        path = request.path.removeprefix("/v1/")
+        url = self.upstream.joinpath(path).with_query(request.query)
+        try:
+            return await self._session.request(
+                request.method, url, data=raw, headers=headers, allow_redirects=False
+            )
+        except TimeoutError:
+            raise self._unreached(504, "did not answer in time") from None
+        except ClientConnectorError as error:
+            raise self._unreached(502, str(error.os_error), UnreachedError) from None
+        except ClientError as error:
+            raise self._unreached(502, type(error).__name__) from None
+
+    def _unreached(
+        self, status: int, why: str, kind: type[ApiError] = ApiError
+    ) -> ApiError:
+        message = (
+            f"The upstream {self.where} could not be reached or broke off ({why}). "
+            "Is it running, and is OPENAI_BASE_URL right?"
+        )
+        return kind(status, message, code="upstream", kind="server_error")
+
+
+def prompt(body: Json) -> str:
+    """What a body asks, as one text, for the journal."""
+    asked: Any = body.get("prompt", body.get("input", body.get("messages", "")))
+    while isinstance(asked, list) and asked:
+        asked = asked[-1]
+        if isinstance(asked, dict):
+            asked = asked.get("content", asked.get("text", ""))
+    return asked if isinstance(asked, str) else ""
+
+
+def reserve(body: Json, *, generates: bool) -> tuple[int, int]:
+    """Tokens that a call asks with, and may generate, by a rough count."""
+    asked = sum(
+        len(tokens(text))
+        for text in _texts([body.get(name) for name in ("prompt", "input", "messages")])
+    )
+    if not generates:
+        return asked, 0
+    limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    limit = next(
+        (body[name] for name in limits if _is_count(body.get(name))), UNLIMITED
+    )
+    times = body["n"] if _is_count(body.get("n")) else 1
+    prompts = body.get("prompt")
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+        times *= len(prompts)
+    return asked, int(limit) * int(times)
+
+
+def usage(tail: bytes) -> tuple[int, int]:
+    """Tokens asked and generated, from the end of an answer; (0, 0): not told."""
+    text = tail.decode(errors="replace")
+
+    def last(*names: str) -> int:
+        found = re.findall(rf'"(?:{"|".join(names)})":\s*(\d+)', text)
+        return int(found[-1]) if found else 0
+
+    asked = last("prompt_tokens", "input_tokens")
+    return asked, max(0, last("total_tokens") - asked)
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for one in value for text in _texts(one)]
+    return []
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _passed(headers: Any) -> CIMultiDict[str]:
+    kept = CIMultiDict(headers)
+    for name in HOP.intersection(name.lower() for name in headers):
+        kept.popall(name)
+    return kept

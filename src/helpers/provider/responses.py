@@ -1,0 +1,255 @@
+"""POST /v1/responses: items in, items out, and the events of its streams."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .answers import answer
+from .chat import (
+    Function,
+    Role,
+    Schema,
+    call_function,
+    call_id,
+    choose_function,
+    json_object,
+    json_text,
+)
+from .wire import Checked, Choice, Generation, Json, created, cut, sse
+
+Text = Literal["input_text", "output_text", "text", "refusal"]
+
+
+class Part(Checked):
+    """A text part of an item; the stub reads no other."""
+
+    type: Text
+    text: str = ""
+
+
+class Item(Checked):
+    """A message, a call that the model made, or its result."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = (
+        "message"
+    )
+    role: Role | None = None
+    content: str | list[Part] | None = None
+    output: str | list[Part] | None = None
+    call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.type == "message" and (self.role is None or self.content is None):
+            raise ValueError("a message needs 'role' and 'content'")
+        if self.type.startswith("function") and self.call_id is None:
+            raise ValueError(f"an item of type '{self.type}' needs 'call_id'")
+        return self
+
+    @property
+    def text(self) -> str:
+        """What the item says, as one text."""
+        said = self.output if self.type == "function_call_output" else self.content
+        if isinstance(said, list):
+            return "".join(part.text for part in said)
+        return said or ""
+
+
+class Tool(Function):
+    """A function tool; the stub has no tools of its own."""
+
+    type: Literal["function"]
+
+
+class Forced(Checked):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class Format(Schema):
+    """What an answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str = ""
+
+
+class TextOptions(Checked):
+    """What the text should be like."""
+
+    format: Format = Format()
+
+
+class Response(Generation):
+    """POST /v1/responses; nothing is stored."""
+
+    ROUTE = "/v1/responses"
+
+    input: str | Annotated[list[Item], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=16)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Forced | None = None
+    text: TextOptions | None = None
+
+    @property
+    def items(self) -> list[Item]:
+        """The input as items."""
+        if isinstance(self.input, str):
+            return [Item(role="user", content=self.input)]
+        return self.input
+
+    @property
+    def prompts(self) -> list[str]:
+        said = [item.text for item in self.items]
+        return ["\n".join([self.instructions, *said] if self.instructions else said)]
+
+    @property
+    def questions(self) -> list[str]:
+        asked = [item for item in self.items if item.role == "user"]
+        return [(asked or self.items)[-1].text]
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        question, limit = self.questions[0], self.max_output_tokens
+        forced = self.tool_choice
+        wish = forced.name if isinstance(forced, Forced) else forced or "auto"
+        function = choose_function(
+            list(self.tools or ()),
+            wish,
+            question,
+            done=self.items[-1].type == "function_call_output",
+        )
+        if function:
+            return [call_function(function, question, limit, named=False)]
+        wanted = self.text.format if self.text else Format()
+        if wanted.type == "json_schema":
+            text = json_text(wanted.schema_, question, "text.format.schema")
+        elif wanted.type == "json_object":
+            text = json_object(self.prompts[0], question)
+        else:
+            text = answer(question)
+        return [cut(text, limit)]
+
+    def item(self, key: str, status: str) -> Json:
+        """The one item of the output: a message, or a function's call."""
+        choice, begun = self.choices[0], status == "in_progress"
+        if choice.function:
+            return {
+                "id": f"fc_{key[:32]}",
+                "type": "function_call",
+                "status": status,
+                "call_id": call_id(key),
+                "name": choice.function,
+                "arguments": "" if begun else choice.text,
+            }
+        return {
+            "id": f"msg_{key[:32]}",
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": [] if begun else [_text_part(choice.text)],
+        }
+
+    @property
+    def status(self) -> str:
+        """How the response ends."""
+        return "incomplete" if self.choices[0].reason == "length" else "completed"
+
+    def body(self, key: str) -> Json:
+        return self.envelope(key, self.status)
+
+    def envelope(self, key: str, status: str) -> Json:
+        """The response object; it has no output before its end."""
+        extra, ended = self.model_extra or {}, status != "in_progress"
+        incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        usage = {
+            "input_tokens": self.asked,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": self.generated,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.asked + self.generated,
+        }
+        options = (self.text or TextOptions()).model_dump(by_alias=True)["format"]
+        if options["type"] != "json_schema":
+            options = {"type": options["type"]}
+        forced = self.tool_choice
+        return {
+            "id": f"resp_{key[:32]}",
+            "object": "response",
+            "created_at": created(key),
+            "completed_at": created(key) if status == "completed" else None,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": incomplete,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "max_tool_calls": extra.get("max_tool_calls"),
+            "metadata": extra.get("metadata") or {},
+            "model": self.model,
+            "output": [self.item(key, status)] if ended else [],
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "service_tier": "default",
+            "temperature": extra.get("temperature", 1.0),
+            "text": {"format": options, "verbosity": "medium"},
+            "tool_choice": forced.model_dump()
+            if isinstance(forced, Forced)
+            else forced or "auto",
+            "tools": [tool.model_dump() for tool in self.tools or ()],
+            "top_logprobs": 0,
+            "top_p": extra.get("top_p", 1.0),
+            "truncation": "disabled",
+            "usage": usage if ended else None,
+            "user": extra.get("user"),
+        }
+
+    def events(self, key: str) -> Iterator[list[bytes]]:
+        choice, number = self.choices[0], 0
+        item = self.item(key, "in_progress")
+        place: Json = {"output_index": 0}
+        inner: Json = {"item_id": item["id"], **place}
+
+        def event(kind: str, **fields: object) -> bytes:
+            nonlocal number
+            name = f"response.{kind}"
+            number += 1
+            return sse({"type": name, "sequence_number": number - 1, **fields}, name)
+
+        begun = self.envelope(key, "in_progress")
+        first = [
+            event("created", response=begun),
+            event("in_progress", response=begun),
+            event("output_item.added", item=item, **place),
+        ]
+        if choice.function:
+            yield first
+            kind = "function_call_arguments"
+            for token in choice.tokens:
+                yield [event(f"{kind}.delta", delta=token, **inner)]
+            name = choice.function
+            last = [event(f"{kind}.done", arguments=choice.text, name=name, **inner)]
+        else:
+            inner["content_index"] = 0
+            yield [*first, event("content_part.added", part=_text_part(""), **inner)]
+            for token in choice.tokens:
+                yield [event("output_text.delta", delta=token, logprobs=[], **inner)]
+            last = [
+                event("output_text.done", text=choice.text, logprobs=[], **inner),
+                event("content_part.done", part=_text_part(choice.text), **inner),
+            ]
+        done = self.item(key, self.status)
+        yield [
+            *last,
+            event("output_item.done", item=done, **place),
+            event(self.status, response=self.body(key)),
+        ]
+
+
+def _text_part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
