@@ -3,6 +3,7 @@
     python run.py lab        open the notebooks in JupyterLab
     python run.py test       prove everything: style, types, tests, notebooks
     python run.py notebooks  execute the notebooks and store their outputs
+    python run.py bench      measure: `bench provider`
 
 Each sets up `.venv` first: once, and again when requirements.lock changes.
 Further words go to the tool behind: `python run.py lab --no-browser`,
@@ -24,6 +25,7 @@ from typing import Mapping, NoReturn, Optional
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS = ROOT / "notebooks"
+BENCHMARKS = ROOT / "benchmarks"
 LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -138,6 +140,15 @@ def notebooks(*names: str) -> int:
     return code
 
 
+def bench(*words: str) -> int:
+    """Run the benchmark that the first word names."""
+    known = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+    if not words or words[0] not in known:
+        found = "no word" if not words else repr(words[0])
+        fail("wanted bench {}; got {}.".format(" or ".join(known), found))
+    return call(PYTHON, BENCHMARKS / (words[0] + ".py"), *words[1:])
+
+
 def last_picture(notebook: Path) -> bytes:
     """The last PNG among a notebook's stored outputs: the one in the README."""
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
@@ -150,7 +161,7 @@ def last_picture(notebook: Path) -> bytes:
     return base64.b64decode("".join(pictures[-1]))
 
 
-COMMANDS = {"lab": lab, "test": test, "notebooks": notebooks}
+COMMANDS = {"lab": lab, "test": test, "notebooks": notebooks, "bench": bench}
 
 
 def main(words: "list[str]") -> int:

@@ -236,7 +236,7 @@ class Provider:
             return faults.malformed(body)
         if fault == "wrong_type":
             return faults.wrong_type()
-        return web.json_response(body)
+        return web.Response(body=wire.encode(body), content_type="application/json")
 
     async def stream(
         self,
