@@ -37,6 +37,7 @@ class Provider:
     ) -> None:
         self.url = url  # the OpenAI API stands under /v1
         self.live = live
+        self.wish: dict[str, str] = {}  # what live mode was started with
         self._process = process
         self._settings: dict[str, Any] = {}
 
@@ -150,14 +151,20 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
             "Live mode calls OpenAI, and OPENAI_API_KEY is not set. Set it, or set "
             "OPENAI_BASE_URL to a server that needs none, and start again."
         )
+    wish = _reader | {"LLM_MODEL": os.environ.get("LLM_MODEL", "")} if live else {}
     if url:
         _current = Provider(url)
     elif _current is None or _current._process is None:
         _current = _start(None, live)
-    elif _current.exit_code is not None or _current.live != live:
+    elif (
+        _current.exit_code is not None or _current.live != live or _current.wish != wish
+    ):
         _current.stop()
         _current = _start(_current.url, live)
+    _current.wish = wish
     _current.configure(**settings)
+    if url:
+        _current.live = bool(_current.ask("/_provider/stats")["live"])
     _set_environment(_current.url)
     _tell_when_it_ends()
     return _current
@@ -211,7 +218,8 @@ def _note_addresses() -> None:
     if any(os.environ.get(name) != ours for name in ADDRESSES):
         found = {name: os.environ.get(name, "") for name in ADDRESSES}
         _reader.clear()
-        _reader.update({name: url for name, url in found.items() if url})
+        theirs = {name: url for name, url in found.items() if url not in ("", ours)}
+        _reader.update(theirs)
 
 
 def _no_key() -> bool:

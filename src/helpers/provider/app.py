@@ -161,22 +161,22 @@ class Provider:
         settings, entry = self.settings, request[ENTRY]
         call = wire.read(ENDPOINTS[request.path], await request.read())
         generation = call if isinstance(call, wire.Generation) else None
-        entry.model, entry.prompt = call.model, call.questions[0][:PREVIEW]
+        prompts, question = call.prompts, call.questions[0]
+        entry.model, entry.prompt = call.model, question[:PREVIEW]
         entry.stream = bool(generation and generation.stream)
         self.check_model(call.model)
         entry.prompt_tokens = call.asked
         self.admit(request, call)
-        tries = self.count_try(call.questions[0], entry.attempt)
-        fault = behaviour.fault(settings, call.questions[0], tries)
+        tries = self.count_try(question, entry.attempt)
+        fault = behaviour.fault(settings, question, tries)
         # Several prompts in one request are worked on side by side.
         pace = max(
-            behaviour.pace(settings, prompt, entry.attempt, tries)
-            for prompt in call.prompts
+            behaviour.pace(settings, prompt, entry.attempt, tries) for prompt in prompts
         )
         if fault == "slow":
             later = pace.first_token + settings.slow
             pace = dataclasses.replace(pace, first_token=later)
-        key = behaviour.digest(settings.seed, *call.prompts, entry.attempt)
+        key = behaviour.digest(settings.seed, *prompts, entry.attempt)
         entry.request_id, entry.fault = _request_id(key), fault or ""
         begun = self.journal.now() if await self.capacity.enter() else entry.arrival
         try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aiohttp import BodyPartReader, web
+from pydantic import ConfigDict
 
 from . import wire
 from .behaviour import Settings, digest
@@ -33,6 +34,8 @@ ENDPOINTS: dict[str, type[Call]] = {
 
 class Create(Checked):
     """POST /v1/batches"""
+
+    model_config = ConfigDict(strict=True, extra="allow")
 
     input_file_id: str
     endpoint: Literal[
@@ -136,7 +139,7 @@ class Batch:
             "metadata": self.request.metadata,
             "usage": {
                 "input_tokens": asked,
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "input_tokens_details": {"cached_tokens": 0},
                 "output_tokens": generated,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": asked + generated,
@@ -246,7 +249,7 @@ class Batches:
 
     async def create(self, request: web.Request) -> web.Response:
         """POST /v1/batches"""
-        asked = wire.parse(Create, await request.read())
+        asked = wire.read(Create, await request.read())
         file = self._files.get(asked.input_file_id)
         if file is None or file.purpose != "batch":
             message = f"There is no file '{asked.input_file_id}' of purpose 'batch'."

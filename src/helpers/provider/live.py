@@ -10,12 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp import (
+    BasicAuth,
     ClientConnectorError,
     ClientError,
     ClientPayloadError,
     ClientResponse,
     ClientSession,
     ClientTimeout,
+    ConnectionTimeoutError,
+    InvalidURL,
+    NonHttpUrlClientError,
     web,
 )
 from multidict import CIMultiDict
@@ -56,7 +60,9 @@ class Live:
         settings: Callable[[], Settings],
         journal: Journal,
     ) -> None:
-        self.upstream = URL(upstream.rstrip("/"))
+        url = URL(upstream.rstrip("/"))
+        self._login = BasicAuth.from_url(url, encoding="utf-8")
+        self.upstream = url.with_user(None) if url.absolute else url
         self.model = model
         self.calls = self.tokens = 0
         self._settings, self._journal = settings, journal
@@ -65,7 +71,7 @@ class Live:
     @property
     def where(self) -> str:
         """The upstream's host, for messages; never its user or password."""
-        return self.upstream.host or str(self.upstream.with_user(None))
+        return self.upstream.host or str(self.upstream).rpartition("@")[2]
 
     async def close(self, app: web.Application | None = None) -> None:
         """Close the connections."""
@@ -81,7 +87,8 @@ class Live:
         raw = await request.read()
         if request.method == "POST" and request.path in FORWARDED:
             return await self.call(request, entry, *self.with_model(raw))
-        if request.method == "GET" and request.path.startswith("/v1/models"):
+        models = re.fullmatch("/v1/models(/.+)?", request.path)
+        if request.method == "GET" and models and ".." not in request.path.split("/"):
             return await self.relay(request, entry, await self.send(request, raw))
         message = f"Live mode does not forward {request.path}: its cap could not hold."
         raise ApiError(404, message, code="not_forwarded")
@@ -106,6 +113,8 @@ class Live:
         # What is broken off stays counted in full: it may be charged.
         if answer.status >= 400:
             asked_now, generated = 0, 0
+        elif not entry.prompt_tokens and not entry.stream:
+            asked_now, generated = asked, most  # no usage told: as reserved
         else:
             asked_now, generated = entry.prompt_tokens, entry.completion_tokens
             if not asked_now:  # no usage told: the events of a stream are counted
@@ -179,18 +188,29 @@ class Live:
             )
         headers = _passed(request.headers)
         headers["accept-encoding"] = "identity"  # so that usage can be read
-        path = request.path.removeprefix("/v1/")
-        url = self.upstream.joinpath(path).with_query(request.query)
+        if self._login:
+            headers["authorization"] = self._login.encode()
+        path = request.rel_url.raw_path.removeprefix("/v1/")
+        url = self.upstream.joinpath(path, encoded=True).with_query(request.query)
+        body, session = raw or None, self._session
         try:
-            return await self._session.request(
-                request.method, url, data=raw, headers=headers, allow_redirects=False
+            answer = await session.request(
+                request.method, url, data=body, headers=headers, allow_redirects=False
             )
+        except ConnectionTimeoutError:
+            raise self._unreached(504, "no answer in time", UnreachedError) from None
+        except (InvalidURL, NonHttpUrlClientError):
+            raise self._unreached(502, "no address", UnreachedError) from None
         except TimeoutError:
             raise self._unreached(504, "did not answer in time") from None
         except ClientConnectorError as error:
             raise self._unreached(502, str(error.os_error), UnreachedError) from None
         except ClientError as error:
             raise self._unreached(502, type(error).__name__) from None
+        if "location" in answer.headers:  # a client would follow it past the cap
+            answer.close()
+            raise self._unreached(502, f"it redirects with status {answer.status}")
+        return answer
 
     def _unreached(
         self, status: int, why: str, kind: type[ApiError] = ApiError
@@ -214,17 +234,16 @@ def prompt(body: Json) -> str:
 
 def reserve(body: Json, *, generates: bool) -> tuple[int, int]:
     """Tokens that a call asks with, and may generate, by a rough count."""
-    asked = sum(
-        len(tokens(text))
-        for text in _texts([body.get(name) for name in ("prompt", "input", "messages")])
-    )
+    names = ("prompt", "input", "messages", "instructions")
+    asked = _size([body.get(name) for name in names])
     if not generates:
         return asked, 0
     limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
     limit = next(
         (body[name] for name in limits if _is_count(body.get(name))), UNLIMITED
     )
-    times = body["n"] if _is_count(body.get("n")) else 1
+    counts = [body[name] for name in ("n", "best_of") if _is_count(body.get(name))]
+    times = max(counts, default=1)
     prompts = body.get("prompt")
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
         times *= len(prompts)
@@ -243,14 +262,14 @@ def usage(tail: bytes) -> tuple[int, int]:
     return asked, max(0, last("total_tokens") - asked)
 
 
-def _texts(value: Any) -> list[str]:
+def _size(value: Any) -> int:
     if isinstance(value, str):
-        return [value]
+        return len(tokens(value))
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return [text for one in value for text in _texts(one)]
-    return []
+        return sum(map(_size, value))
+    return int(isinstance(value, int))  # a prompt may be tokens as numbers
 
 
 def _is_count(value: object) -> bool:

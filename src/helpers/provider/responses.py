@@ -81,6 +81,7 @@ class TextOptions(Checked):
     """What the text should be like."""
 
     format: Format = Format()
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class Response(Generation):
@@ -94,6 +95,12 @@ class Response(Generation):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | Forced | None = None
     text: TextOptions | None = None
+    max_tool_calls: int | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    reasoning: Json | None = None
+    safety_identifier: str | None = None
+    truncation: Literal["auto", "disabled"] | None = None
 
     @property
     def items(self) -> list[Item]:
@@ -164,7 +171,7 @@ class Response(Generation):
 
     def envelope(self, key: str, status: str) -> Json:
         """The response object; it has no output before its end."""
-        extra, ended = self.model_extra or {}, status != "in_progress"
+        ended = status != "in_progress"
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         usage = {
             "input_tokens": self.asked,
@@ -176,6 +183,7 @@ class Response(Generation):
         options = (self.text or TextOptions()).model_dump(by_alias=True)["format"]
         if options["type"] != "json_schema":
             options = {"type": options["type"]}
+        verbosity = self.text.verbosity if self.text else None
         forced = self.tool_choice
         return {
             "id": f"resp_{key[:32]}",
@@ -188,25 +196,27 @@ class Response(Generation):
             "incomplete_details": incomplete,
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
-            "max_tool_calls": extra.get("max_tool_calls"),
-            "metadata": extra.get("metadata") or {},
+            "max_tool_calls": self.max_tool_calls,
+            "metadata": self.metadata or {},
             "model": self.model,
             "output": [self.item(key, status)] if ended else [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "prompt_cache_key": self.prompt_cache_key,
+            "reasoning": {"effort": None, "summary": None} | (self.reasoning or {}),
+            "safety_identifier": self.safety_identifier,
             "service_tier": "default",
-            "temperature": extra.get("temperature", 1.0),
-            "text": {"format": options, "verbosity": "medium"},
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "text": {"format": options, "verbosity": verbosity or "medium"},
             "tool_choice": forced.model_dump()
             if isinstance(forced, Forced)
             else forced or "auto",
             "tools": [tool.model_dump() for tool in self.tools or ()],
             "top_logprobs": 0,
-            "top_p": extra.get("top_p", 1.0),
-            "truncation": "disabled",
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "truncation": self.truncation or "disabled",
             "usage": usage if ended else None,
-            "user": extra.get("user"),
+            "user": self.user,
         }
 
     def events(self, key: str) -> Iterator[list[bytes]]:
@@ -232,8 +242,7 @@ class Response(Generation):
             kind = "function_call_arguments"
             for token in choice.tokens:
                 yield [event(f"{kind}.delta", delta=token, **inner)]
-            name = choice.function
-            last = [event(f"{kind}.done", arguments=choice.text, name=name, **inner)]
+            last = [event(f"{kind}.done", arguments=choice.text, **inner)]
         else:
             inner["content_index"] = 0
             yield [*first, event("content_part.added", part=_text_part(""), **inner)]

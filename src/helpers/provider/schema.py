@@ -13,7 +13,8 @@ from .behaviour import digest, normal, unit
 
 Json = dict[str, Any]
 
-DEEPEST = 5  # times that one definition may stand within itself
+DEEPEST = 2  # times that one definition may stand within itself
+MOST = 10_000  # values in one instance, and characters in one text
 # Read elsewhere, or without a bearing on what is valid.
 IGNORED = frozenset(
     """
@@ -59,6 +60,10 @@ def instance(schema: Json, prompt: str) -> Any:
         return _Maker(schema, prompt).make(schema, "value")
     except _TooDeepError:
         raise UnsupportedError("a definition that never ends") from None
+    except RecursionError:
+        raise UnsupportedError("a schema as deep as this") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        raise UnsupportedError("a keyword with a value of a wrong type") from None
 
 
 def loose(prompt: str, text: str) -> Json:
@@ -73,9 +78,13 @@ class _Maker:
             float(text) for text in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", prompt)
         ]
         self.texts = re.findall(r"(?<!\w)['\"`](.+?)['\"`](?!\w)", prompt)
+        self.made = 0
         self.open: list[str] = []  # the references that are being followed
 
     def make(self, schema: Any, name: str) -> Any:
+        self.made += 1
+        if self.made > MOST:
+            raise UnsupportedError(f"a schema with more than {MOST} values")
         if schema is True or schema == {}:
             return self.text({}, name)
         if not isinstance(schema, dict):
@@ -207,8 +216,8 @@ class _Maker:
             if least <= len(quoted) <= most:
                 self.texts.remove(quoted)
                 return str(quoted)
-        if least > most:
-            raise UnsupportedError("'minLength' over 'maxLength'")
+        if not 0 <= least <= min(most, MOST):
+            raise UnsupportedError("'minLength' over 'maxLength', or too long")
         text = f"{name} {digest(normal(self.prompt), name)[:4]}"
         text = text[: int(min(most, len(text)))]
         return text.ljust(least, ".")

@@ -32,7 +32,7 @@ Stop = str | Annotated[list[str], Field(max_length=4)]
 # nothing is stored.
 NO_EFFECT = frozenset(
     """
-    access_programs best_of context_management frequency_penalty include
+    access_programs best_of context_management expires_after frequency_penalty include
     logit_bias max_tool_calls metadata moderation output_expires_after
     parallel_tool_calls prediction presence_penalty prompt_cache_key
     prompt_cache_options prompt_cache_retention reasoning reasoning_effort
@@ -50,7 +50,6 @@ REFUSED = {
     "function_call": "use 'tool_choice' in its place",
     "functions": "use 'tools' in their place",
     "image": "it makes no pictures",
-    "input_transformations": "it knows none",
     "logprobs": "a table has no probabilities",
     "previous_response_id": "it keeps no responses",
     "prompt": "it keeps no prompt templates",
@@ -193,9 +192,6 @@ class Call(Checked):
         raise NotImplementedError
 
 
-CallT = TypeVar("CallT", bound=Call)
-
-
 @dataclass(frozen=True)
 class Choice:
     """One answer: a text, or the arguments of a function that is called."""
@@ -219,10 +215,30 @@ def cut(text: str, limit: int | None, stop: Stop | None = None) -> Choice:
     return Choice(kept, "length" if len(kept) < len(whole) else "stop")
 
 
+class StreamOptions(Checked):
+    """What a stream should carry besides the answer."""
+
+    include_usage: bool = False
+
+
 class Generation(Call):
     """A request for a text, whole or as a stream of server-sent events."""
 
     stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_for_a_stream(
+        cls, options: StreamOptions | None, info: ValidationInfo
+    ) -> StreamOptions | None:
+        if options and not info.data.get("stream"):
+            raise ValueError("it goes with 'stream': true")
+        return options
 
     @cached_property
     def choices(self) -> list[Choice]:
@@ -246,12 +262,6 @@ class Generation(Call):
         raise NotImplementedError
 
 
-class StreamOptions(Checked):
-    """What a stream should carry besides the answer."""
-
-    include_usage: bool = False
-
-
 class Numbered(Generation):
     """Completions and chats: `n` choices, told apart by their index."""
 
@@ -260,18 +270,8 @@ class Numbered(Generation):
     KIND_OF_EVENT: ClassVar[str]
 
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stream_options: StreamOptions | None = None
     max_tokens: Limit | None = None
     stop: Stop | None = None
-
-    @field_validator("stream_options")
-    @classmethod
-    def _only_for_a_stream(
-        cls, options: StreamOptions | None, info: ValidationInfo
-    ) -> StreamOptions | None:
-        if options and not info.data.get("stream"):
-            raise ValueError("it goes with 'stream': true")
-        return options
 
     @property
     def limit(self) -> int | None:
@@ -373,7 +373,7 @@ class Completion(Numbered):
         return {"text": token}
 
 
-def read(kind: type[CallT], raw: bytes) -> CallT:
+def read(kind: type[CheckedT], raw: bytes) -> CheckedT:
     """Read a call's body; raises ApiError 400 with the field at fault."""
     call = parse(kind, raw)
     for name, value in (call.model_extra or {}).items():
@@ -390,7 +390,11 @@ def parse(kind: type[CheckedT], raw: bytes) -> CheckedT:
         # one that went deepest says most, and a wrong length more than a type.
         problem = max(
             error.errors(),
-            key=lambda one: (len(one["loc"]), one["type"] == "too_short"),
+            key=lambda one: (
+                one["type"] == "too_long",
+                len(one["loc"]),
+                one["type"] == "too_short",
+            ),
         )
     reason = problem["msg"].removeprefix("Value error, ")
     param = _path(problem["loc"]) or None
