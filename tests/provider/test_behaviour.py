@@ -1,15 +1,32 @@
 import asyncio
+import contextlib
+import http.client
+import json
+import math
 import random
+import statistics
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 
 from helpers.connection import Provider
-from helpers.provider.behaviour import Pace, Settings, digest, pace
+from helpers.provider.behaviour import (
+    Fault,
+    Pace,
+    Settings,
+    digest,
+    duration,
+    fault,
+    normal,
+    pace,
+    unit,
+)
 
 PROMPTS = [f"What is {number} times {number}?" for number in range(500)]
 DEFAULTS = Settings()
@@ -51,6 +68,66 @@ def test_a_pace_lies_within_the_jitter_and_uses_all_of_it(jitter: float) -> None
         assert one.per_token == pytest.approx(one.first_token / 4)
 
 
+TAILED = Settings(tail=1, jitter=0)
+
+
+def test_a_tail_makes_latencies_log_normal() -> None:
+    factors = [pace(TAILED, prompt, 1).first_token / 0.3 for prompt in PROMPTS[:300]]
+    logs = [math.log(factor) for factor in factors]
+    assert statistics.median(factors) == pytest.approx(1, rel=0.2)
+    assert statistics.mean(logs) == pytest.approx(0, abs=0.2)
+    assert statistics.stdev(logs) == pytest.approx(1, rel=0.15)
+    assert statistics.quantiles(factors, n=100)[98] > 5 * statistics.median(factors)
+    within = sum(abs(log) <= 1 for log in logs) / len(logs)
+    assert within == pytest.approx(0.68, abs=0.06)
+
+
+def test_a_tail_is_the_same_in_every_run_and_another_with_another_seed() -> None:
+    first_token = pace(TAILED, "Hello how are you?", 1).first_token
+    assert first_token == pytest.approx(0.522688541)
+    other = pace(Settings(tail=1, jitter=0, seed=1), "Hello how are you?", 1)
+    assert other.first_token != pytest.approx(first_token)
+
+
+def test_a_tail_stretches_a_token_like_the_first_one() -> None:
+    one = pace(TAILED, "Why?", 1)
+    assert one.per_token / 0.01 == pytest.approx(one.first_token / 0.3)
+
+
+def test_a_wider_tail_puts_each_prompt_further_from_the_median() -> None:
+    for prompt in PROMPTS[:50]:
+        narrow, wide = (
+            pace(Settings(tail=tail, jitter=0), prompt, 1).first_token / 0.3
+            for tail in (0.5, 1.5)
+        )
+        assert math.log(wide) == pytest.approx(3 * math.log(narrow))
+
+
+def test_each_try_draws_its_tail_anew_but_not_its_jitter() -> None:
+    for prompt in PROMPTS[:50]:
+        tries = [pace(TAILED, prompt, 1, tries).first_token for tries in range(1, 5)]
+        assert len(set(tries)) == 4
+        assert len({pace(DEFAULTS, prompt, 1, tries) for tries in range(1, 5)}) == 1
+    logs = [
+        [math.log(pace(TAILED, prompt, 1, tries).first_token) for prompt in PROMPTS]
+        for tries in (1, 2)
+    ]
+    assert abs(statistics.correlation(*logs)) < 0.15
+
+
+def test_a_second_request_for_the_same_prompt_draws_anew(
+    provider: Provider, client: OpenAI
+) -> None:
+    settings = {"first_token": 0.05, "per_token": 0, "jitter": 0, "tail": 1}
+    provider.configure(**settings)
+    for _ in range(3):
+        client.completions.create(model="m", prompt="Why?")
+    found = provider.ask("/_provider/journal?settle=5")["attempts"]
+    for tries, entry in enumerate(found, 1):
+        expected = pace(Settings(**settings), "Why?", 1, tries).first_token
+        assert expected <= entry["end"] - entry["arrival"] < expected + 0.5
+
+
 def test_tokens_fall_due_one_after_another() -> None:
     one = Pace(first_token=0.3, per_token=0.01)
     moments = [moment / 1000 for moment in range(1000)]
@@ -73,6 +150,95 @@ def test_a_digest_tells_its_parts_apart() -> None:
     parts: list[tuple[object, ...]] = [(0, "a"), (0, "b"), (1, "a"), (0, "a", 1)]
     assert len({digest(*each) for each in parts}) == len(parts)
     assert len(digest("\ud800")) == 64
+
+
+def test_a_unit_lies_within_0_and_1_and_fills_it_evenly() -> None:
+    drawn = [unit(0, prompt, 1, "latency") for prompt in PROMPTS]
+    assert drawn == [unit(0, prompt, 1, "latency") for prompt in PROMPTS]
+    assert len(set(drawn)) == len(PROMPTS)
+    assert 0 < min(drawn) < 0.02
+    assert 0.98 < max(drawn) < 1
+    tenths = Counter(math.floor(10 * value) for value in drawn)
+    assert all(25 <= tenths[tenth] <= 75 for tenth in range(10))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (0.0001, "1ms"),
+        (0.12, "120ms"),
+        (0.9991, "1s"),
+        (1, "1s"),
+        (2.007, "2.007s"),
+        (8.64, "8.64s"),
+        (59.9999, "1m0s"),
+        (61.5, "1m1.5s"),
+        (360, "6m0s"),
+        (3600, "1h0m0s"),
+        (90_061.25, "25h1m1.25s"),
+    ],
+)
+def test_a_duration_is_written_as_the_api_does_and_never_too_short(
+    seconds: float, text: str
+) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "same"),
+    [("Why?", "why?"), (" a\n\tb ", "A B"), ("Straße", "STRASSE"), ("", " \n")],
+)
+def test_a_prompt_is_the_same_whatever_its_white_space_and_case(
+    prompt: str, same: str
+) -> None:
+    assert normal(prompt) == normal(same)
+    for rate in (0.3, 0.7):
+        rates = Settings(faults={"error_500": rate})
+        assert fault(rates, prompt, 1) == fault(rates, same, 1)
+    listed = Settings(faults_by_prompt={prompt: ["hang"]})
+    assert fault(listed, same, 1) == "hang"
+
+
+RATES: dict[Fault, float] = {"error_500": 0.2, "hang": 0.05, "slow": 0.5}
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_fault_has_its_share(seed: int, tries: int) -> None:
+    settings = Settings(faults=RATES, seed=seed)
+    counts = Counter(fault(settings, prompt, tries) for prompt in PROMPTS)
+    assert counts.keys() == {*RATES, None}
+    for kind, rate in RATES.items():
+        sigma = math.sqrt(rate * (1 - rate) / len(PROMPTS))
+        assert counts[kind] / len(PROMPTS) == pytest.approx(rate, abs=4 * sigma)
+
+
+def test_a_fault_depends_on_seed_and_try_and_on_nothing_else() -> None:
+    def faults(tries: int = 1, **changes: Any) -> list[Fault | None]:
+        settings = Settings(faults=RATES).changed(changes)
+        return [fault(settings, prompt, tries) for prompt in PROMPTS]
+
+    assert faults() == faults(first_token=1, tail=1, capacity=1)
+    assert faults() == faults(faults=dict(reversed(RATES.items())))
+    assert faults() != faults(seed=1)
+    assert faults() != faults(tries=2)
+
+
+def test_a_rate_of_1_hits_every_try_and_no_rate_none() -> None:
+    always, never = Settings(faults={"reset": 1}), Settings(faults={"reset": 0})
+    for prompt in PROMPTS:
+        assert {fault(always, prompt, tries) for tries in (1, 2, 3)} == {"reset"}
+        assert fault(never, prompt, 1) is fault(DEFAULTS, prompt, 1) is None
+
+
+def test_a_prompts_own_list_goes_before_the_rates_and_then_there_is_no_fault() -> None:
+    settings = Settings(
+        faults={"reset": 1}, faults_by_prompt={"Why?": ["hang", None, "slow"]}
+    )
+    listed = [fault(settings, "Why?", tries) for tries in range(1, 6)]
+    assert listed == ["hang", None, "slow", None, None]
+    assert fault(settings, "How?", 1) == "reset"
 
 
 def seen(completion: Completion) -> tuple[str, int, str | None]:
@@ -139,6 +305,30 @@ def test_ids_depend_on_seed_prompt_and_attempt(provider: Provider, ask: Ask) -> 
         ("models", "gpt-4"),
         ("models", [5]),
         ("latency", 1),
+        ("tail", -0.1),
+        ("tail", 3.1),
+        ("keys", []),
+        ("capacity", 0),
+        ("capacity", 1.5),
+        ("capacity", True),
+        ("requests_per_minute", 0),
+        ("requests_per_minute", "60"),
+        ("tokens_per_minute", -1),
+        ("tokens_per_minute", float("inf")),
+        ("burst", 0),
+        ("burst", 3601),
+        ("faults", ["reset"]),
+        ("faults", {"boom": 0.1}),
+        ("faults", {"reset": 1.1}),
+        ("faults", {"reset": 0.6, "hang": 0.5}),
+        ("faults_by_prompt", {"Why?": "reset"}),
+        ("faults_by_prompt", {"Why?": ["boom"]}),
+        ("slow", -1),
+        ("batch_speed", 0),
+        ("batch_window", 0),
+        ("batch_window", 86_401),
+        ("max_calls", -1),
+        ("max_tokens", 0.5),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_name_and_value(
@@ -181,6 +371,60 @@ def test_a_change_holds_for_calls_that_come_after_it(
     provider.configure(seed=0)
     assert earlier == [ask("Why?")]
     assert later not in earlier
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"keys": ["other"]}, openai.AuthenticationError),
+        ({"models": ["other"]}, openai.NotFoundError),
+        ({"tokens_per_minute": 1}, openai.RateLimitError),
+        ({"faults": {"error_503": 1}, "per_token": 9}, openai.InternalServerError),
+        (
+            {"faults_by_prompt": {"Why?": ["reset"]}, "seed": 1, "tail": 3},
+            openai.APIConnectionError,
+        ),
+    ],
+    ids=["keys", "models", "limits", "faults", "faults by prompt"],
+)
+def test_a_call_in_flight_ends_by_the_settings_it_began_with(
+    provider: Provider,
+    client: OpenAI,
+    changes: dict[str, Any],
+    refusal: type[Exception],
+) -> None:
+    def begin() -> openai.Stream[Completion]:
+        return client.completions.create(model="m", prompt="Why?", stream=True)
+
+    provider.configure(first_token=0, per_token=0.02, jitter=0)
+    whole, earlier = list(begin()), begin()
+    provider.configure(**changes)
+    with pytest.raises(refusal):
+        begin()
+    assert list(earlier) == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"models": ["other"]}, {"tokens_per_minute": 1}, {"faults": {"error_500": 1}}],
+    ids=["models", "limits", "faults"],
+)
+def test_a_change_does_not_hold_for_a_call_whose_body_is_still_on_its_way(
+    provider: Provider,
+    until_in_flight: Callable[[int], None],
+    change: dict[str, Any],
+) -> None:
+    body = json.dumps({"model": "m", "prompt": "Why?"}).encode()
+    address = provider.url.removeprefix("http://")
+    provider.configure(first_token=0, per_token=0)
+    with contextlib.closing(http.client.HTTPConnection(address)) as connection:
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("content-length", str(len(body)))
+        connection.endheaders()
+        until_in_flight(1)
+        provider.configure(**change)
+        connection.send(body)
+        assert connection.getresponse().status == 200
 
 
 def test_behaving_holds_for_its_block_only(provider: Provider) -> None:

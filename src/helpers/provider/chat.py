@@ -112,6 +112,7 @@ class Chat(Numbered):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Forced | None = None
     response_format: Format | None = None
+    metadata: dict[str, str] | None = None
 
     @model_validator(mode="after")
     def _answers_a_call(self) -> Self:

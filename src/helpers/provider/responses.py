@@ -96,6 +96,7 @@ class Response(Generation):
     tool_choice: Literal["none", "auto", "required"] | Forced | None = None
     text: TextOptions | None = None
     max_tool_calls: int | None = None
+    metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
     reasoning: Json | None = None

@@ -227,7 +227,6 @@ class Generation(Call):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    metadata: dict[str, str] | None = None
     user: str | None = None
     stream_options: StreamOptions | None = None
 
