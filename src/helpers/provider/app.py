@@ -1,6 +1,7 @@
 """The provider's routes: OpenAI's API and, under /_provider, its control."""
 
 import asyncio
+import copy
 import dataclasses
 import json
 import logging
@@ -76,7 +77,7 @@ class Provider:
         )
         entry.request_id = _request_id(self.settings.seed, entry.route, entry.attempt)
         request[ENTRY] = entry
-        ended = False
+        ended = False  # if not: the client has hung up
         try:
             response = await self.answer(request, handler)
             if not response.prepared:
@@ -85,11 +86,11 @@ class Provider:
                 await response.prepare(request)
             await response.write_eof()
             ended = True
+        except faults.BrokenOffError:
+            ended = True
+            raise
         finally:
-            # Cancelled, or writing failed: the client has hung up, unless this
-            # side broke off.
-            broke_off = entry.fault in faults.BREAKING
-            self.journal.end(entry, disconnected=not ended and not broke_off)
+            self.journal.end(entry, disconnected=not ended)
         return response
 
     async def answer(
@@ -148,9 +149,9 @@ class Provider:
             if given.removeprefix("Bearer ") not in keys:
                 raise wire.no_key(bool(given))
 
-    def check_model(self, model: str) -> None:
+    def check_model(self, model: str, settings: behaviour.Settings) -> None:
         """Raise the API's 404 where only some models exist and not this one."""
-        models = self.settings.models
+        models = settings.models
         if models is not None and model not in models:
             raise wire.no_model(model)
 
@@ -158,15 +159,15 @@ class Provider:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Answer a request for a completion, a chat, … when its turn comes."""
-        settings, entry = self.settings, request[ENTRY]
+        settings, limits, entry = self.settings, self.limits, request[ENTRY]
         call = wire.read(ENDPOINTS[request.path], await request.read())
         generation = call if isinstance(call, wire.Generation) else None
         prompts, question = call.prompts, call.questions[0]
         entry.model, entry.prompt = call.model, question[:PREVIEW]
         entry.stream = bool(generation and generation.stream)
-        self.check_model(call.model)
+        self.check_model(call.model, settings)
         entry.prompt_tokens = call.asked
-        self.admit(request, call)
+        self.admit(request, call, limits)
         tries = self.count_try(question, entry.attempt)
         fault = behaviour.fault(settings, question, tries)
         # Several prompts in one request are worked on side by side.
@@ -193,11 +194,13 @@ class Provider:
         finally:
             self.capacity.leave()
 
-    def admit(self, request: web.Request, call: wire.Call) -> None:
+    def admit(
+        self, request: web.Request, call: wire.Call, limits: behaviour.Limits
+    ) -> None:
         """Raise the API's 429 where the call goes past a limit."""
         tokens = call.asked + call.generated
-        refusal = self.limits.admit(tokens, self.journal.now())
-        request[LIMITS] = self.limits.headers()
+        refusal = limits.admit(tokens, self.journal.now())
+        request[LIMITS] = limits.headers()
         if refusal:
             raise wire.rate_limit(refusal)
 
@@ -220,7 +223,7 @@ class Provider:
             await faults.hang()
         if fault == "reset":
             faults.reset(request)
-            raise ConnectionResetError
+            raise faults.BrokenOffError
         raise wire.failure(503 if fault == "error_503" else 500)
 
     async def whole(
@@ -273,7 +276,8 @@ class Provider:
             entry.completion_tokens += sum(map(len, groups[sent:due]))
             sent = due
         if broken:
-            await faults.broken_stream(request, response, entry.fault, b"".join(last))
+            event = [*groups, last][sent][0]  # the next one that was due
+            await faults.broken_stream(request, response, entry.fault, event)
         else:
             await response.write(b"".join(last))
         return response
@@ -286,7 +290,7 @@ class Provider:
     async def model(self, request: web.Request) -> web.Response:
         """GET /v1/models/{id}"""
         name = request.match_info["id"]
-        self.check_model(name)
+        self.check_model(name, self.settings)
         return web.json_response(wire.model_body(name))
 
     # Control
@@ -300,6 +304,7 @@ class Provider:
                 return web.json_response({"error": str(error)}, status=400)
             if changed != self.settings:
                 self.settings = changed
+                self.limits = copy.copy(self.limits)  # the old hold for calls begun
                 self.limits.change(changed, self.journal.now())
                 self.capacity.change(changed.capacity)
                 self._tries.clear()

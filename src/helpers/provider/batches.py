@@ -6,12 +6,14 @@ for the codes of a failed validation.
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http import HttpProcessingError
 from pydantic import ConfigDict
 
 from . import wire
@@ -186,7 +188,10 @@ class Batches:
                     while chunk := await part.read_chunk(2**20):
                         content += chunk
                         self._check_size(len(content))
-        except (ValueError, AssertionError, LookupError) as error:
+        except (
+            *(ValueError, AssertionError, LookupError, RuntimeError),
+            HttpProcessingError,  # a part's own headers
+        ) as error:
             raise ApiError(400, f"The form could not be read: {error}") from None
         if name is None:
             raise _missing("file")
@@ -287,9 +292,14 @@ class Batches:
 
     async def _work(self, batch: Batch, content: bytes) -> None:
         """Take a batch through its life; requests are answered at its speed."""
-        lines = [line for line in content.split(b"\n") if line.strip()]
+        numbered = [
+            (number, line)
+            for number, line in enumerate(content.split(b"\n"), 1)
+            if line.strip()
+        ]
+        lines = [line for _, line in numbered]
         batch.total = len(lines)
-        async for _ in _in_turns(self._validate(batch, lines)):
+        async for _ in _in_turns(self._validate(batch, numbered)):
             if batch.status == "cancelling":
                 break
         if batch.errors:
@@ -307,7 +317,8 @@ class Batches:
             while done < min(due, len(lines)) and time.monotonic() < turn:
                 self._answer(batch, json.loads(lines[done]), done)
                 done += 1
-            await asyncio.sleep(TURN)
+            # With more to do, others have their turn and no more.
+            await asyncio.sleep(0 if done < min(due, len(lines)) else TURN)
         cancelled, expired = batch.status == "cancelling", done < len(lines)
         if expired and not cancelled:
             self._expire(batch, lines[done:])
@@ -320,7 +331,7 @@ class Batches:
                 batch.files[kind] = file.id
         batch.enter("cancelled" if cancelled else "expired" if expired else "completed")
 
-    def _validate(self, batch: Batch, lines: list[bytes]) -> Iterator[None]:
+    def _validate(self, batch: Batch, lines: list[tuple[int, bytes]]) -> Iterator[None]:
         """Check all lines, one a step; what is wrong goes to `batch.errors`."""
 
         def wrong(code: str, message: str, line: int | None, param: str | None) -> None:
@@ -334,7 +345,7 @@ class Batches:
             wrong("too_many_tasks", message, None, None)
             return
         seen: set[str] = set()
-        for number, raw in enumerate(lines, 1):
+        for number, raw in lines:
             yield
             if len(batch.errors) >= ERRORS_MOST:
                 return
@@ -371,6 +382,10 @@ class Batches:
             batch.tokens[1] += call.generated
         except ApiError as error:
             status, written, body = error.status, batch.failures, error.body
+        except Exception:  # one line must not hold up the others
+            logging.exception("line %d of %s", number + 1, batch.id)
+            problem = wire.failure(500)
+            status, written, body = 500, batch.failures, problem.body
         key = digest(batch.id, number)
         response = {
             "status_code": status,

@@ -185,6 +185,9 @@ class Capacity:
 # Limits
 
 
+ROUNDING = 1e-6  # of a request or token: what may be lost in adding up floats
+
+
 class Bucket:
     """A token bucket: what is not used adds up, to a burst's worth at most."""
 
@@ -201,16 +204,18 @@ class Bucket:
 
     def wait(self, amount: float) -> float:
         """Seconds until so much can be taken; infinite where it never can."""
-        if amount > self.size:
+        if amount > self.size + ROUNDING:
             return math.inf
-        return max(0, amount - self.level) / self.rate
+        missing = amount - self.level
+        return missing / self.rate if missing > ROUNDING else 0
 
     def headers(self) -> dict[str, str]:
         """The three x-ratelimit headers of this limit."""
         full_in = (self.size - self.level) / self.rate
+        remaining = max(0, math.floor(self.level + ROUNDING))
         return {
             f"x-ratelimit-limit-{self.name}": f"{self.per_minute:.0f}",
-            f"x-ratelimit-remaining-{self.name}": f"{math.floor(self.level):.0f}",
+            f"x-ratelimit-remaining-{self.name}": f"{remaining}",
             f"x-ratelimit-reset-{self.name}": duration(full_in),
         }
 
@@ -232,7 +237,7 @@ class Limits:
         self._buckets: list[Bucket] = []
 
     def change(self, settings: Settings, now: float) -> None:
-        """Set other limits. What has been used of an earlier one stays used."""
+        """Set other limits. The share of an earlier one that is used stays used."""
         before = {bucket.name: bucket for bucket in self._buckets}
         self._buckets = []
         for name, limit in (
@@ -244,8 +249,7 @@ class Limits:
             bucket = Bucket(name, limit, settings.burst, now)
             if name in before:
                 before[name].refill(now)
-                used = before[name].size - before[name].level
-                bucket.level = max(0, bucket.size - used)
+                bucket.level *= before[name].level / before[name].size
             self._buckets.append(bucket)
 
     def admit(self, tokens: int, now: float) -> Refusal | None:
@@ -274,7 +278,7 @@ class Limits:
 
 def duration(seconds: float) -> str:
     """A time as the API writes it in its headers: 120ms, 8.64s, 6m0s."""
-    milliseconds = math.ceil(seconds * 1000)
+    milliseconds = math.ceil(round(seconds * 1000, 6))
     if milliseconds < 1000:
         return f"{milliseconds}ms" if milliseconds else "0s"
     minutes, rest = divmod(milliseconds / 1000, 60)

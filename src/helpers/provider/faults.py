@@ -13,10 +13,13 @@ from .wire import Json
 
 EARLY = frozenset({"error_500", "error_503", "reset", "hang"})
 MIDWAY = frozenset({"reset_midway", "truncated", "malformed"})
-BREAKING = frozenset({"reset", "reset_midway", "truncated", "upstream"})
-"""Before the first byte; in the middle of a stream; ends of the connection."""
+"""Before the first byte; in the middle of a stream."""
 
 PAGE = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
+
+
+class BrokenOffError(ConnectionResetError):
+    """This side ended the connection."""
 
 
 async def hang() -> None:
@@ -63,7 +66,7 @@ def _break_off(request: web.Request, abruptly: bool) -> NoReturn:
         reset(request)
     elif request.transport:
         request.transport.close()
-    raise ConnectionResetError("as the fault wants it")
+    raise BrokenOffError("as the fault wants it")
 
 
 def malformed(body: Json) -> web.Response:

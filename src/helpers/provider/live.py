@@ -27,6 +27,7 @@ from yarl import URL
 
 from .answers import tokens
 from .behaviour import Settings
+from .faults import BrokenOffError
 from .journal import PREVIEW, Attempt, Journal
 from .wire import ApiError, Json
 
@@ -142,7 +143,7 @@ class Live:
             entry.fault = "upstream"
             if request.transport:  # half an answer must not look like a whole one
                 request.transport.abort()
-            raise ConnectionResetError("the upstream broke off") from None
+            raise BrokenOffError("the upstream broke off") from None
         finally:
             answer.close()
         entry.prompt_tokens, entry.completion_tokens = usage(tail)

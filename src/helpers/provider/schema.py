@@ -7,6 +7,7 @@ members of an enum that it names.
 
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
 from .behaviour import digest, normal, unit
@@ -14,14 +15,16 @@ from .behaviour import digest, normal, unit
 Json = dict[str, Any]
 
 DEEPEST = 2  # times that one definition may stand within itself
-MOST = 10_000  # values in one instance, and characters in one text
+MOST = 10_000  # values in one instance, and characters that its texts must have
+QUOTED = re.compile(r"(?<!\w)(['\"`])(.{1,500}?)\1(?!\w)")
 # Read elsewhere, or without a bearing on what is valid.
 IGNORED = frozenset(
     """
-    $comment $defs $id $schema additionalProperties default definitions deprecated
-    description examples properties readOnly required title type writeOnly
+    $comment $defs $id $schema default definitions deprecated description examples
+    readOnly title writeOnly
     """.split()
 )
+TYPED = frozenset({"type", "properties", "required", "additionalProperties"})
 KEYWORDS = {
     "object": frozenset({"minProperties", "maxProperties"}),
     "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
@@ -31,6 +34,15 @@ KEYWORDS = {
     ),
     "boolean": frozenset[str](),
     "null": frozenset[str](),
+}
+KINDS = {
+    type(None): "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
 }
 FORMATS = {
     "date": "2026-01-31",
@@ -73,18 +85,18 @@ def loose(prompt: str, text: str) -> Json:
 
 class _Maker:
     def __init__(self, root: Json, prompt: str) -> None:
-        self.root, self.prompt = root, prompt
+        self.root, self.prompt = root, normal(prompt)
+        self.key = digest(self.prompt)
         self.numbers = [
-            float(text) for text in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", prompt)
+            float(text) if "." in text or len(text) > 300 else int(text)
+            for text in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", prompt)
         ]
-        self.texts = re.findall(r"(?<!\w)['\"`](.+?)['\"`](?!\w)", prompt)
+        self.texts = [text for _, text in QUOTED.findall(prompt)]
         self.made = 0
         self.open: list[str] = []  # the references that are being followed
 
     def make(self, schema: Any, name: str) -> Any:
-        self.made += 1
-        if self.made > MOST:
-            raise UnsupportedError(f"a schema with more than {MOST} values")
+        self.spend(1)
         if schema is True or schema == {}:
             return self.text({}, name)
         if not isinstance(schema, dict):
@@ -97,14 +109,16 @@ class _Maker:
                 only(schema, {keyword})
                 return self.choose(schema[keyword], keyword, name)
         if "const" in schema:
-            return schema["const"]
+            only(schema, {"const", "type"})
+            return self.member([schema["const"]], schema, name)
         if "enum" in schema:
-            return self.member(list(schema["enum"]), name)
+            only(schema, {"enum", "type"})
+            return self.member(schema["enum"], schema, name)
         kind = self.kind(schema)
         known = "number" if kind == "integer" else kind
         if known not in KEYWORDS:
             raise UnsupportedError(f"the type {kind!r}")
-        only(schema, KEYWORDS[known])
+        only(schema, KEYWORDS[known] | TYPED)
         match kind:
             case "object":
                 return self.object(schema)
@@ -115,13 +129,18 @@ class _Maker:
             case "integer" | "number":
                 return self.number(schema, whole=kind == "integer")
             case "boolean":
-                return unit(normal(self.prompt), name) < 0.5
+                return unit(self.key, name) < 0.5
             case _:
                 return None
 
+    def spend(self, parts: int) -> None:
+        self.made += parts
+        if self.made > MOST:
+            raise UnsupportedError(f"a schema with more than {MOST} values")
+
     def kind(self, schema: Json) -> Any:
         kinds = schema.get("type")
-        if isinstance(kinds, list):  # a value rather than none
+        if isinstance(kinds, list) and kinds:  # a value rather than none
             return next((kind for kind in kinds if kind != "null"), "null")
         if kinds is None:
             return (
@@ -137,7 +156,7 @@ class _Maker:
         if self.open.count(reference) >= DEEPEST:
             raise _TooDeepError
         target: Any = self.root
-        if not reference.startswith("#"):
+        if reference != "#" and not reference.startswith("#/"):
             raise UnsupportedError(f"the reference {reference!r}")
         for step in reference.removeprefix("#").split("/")[1:]:
             if not isinstance(target, dict) or step not in target:
@@ -160,18 +179,28 @@ class _Maker:
                 continue
         return self.make(ordered[-1], name)
 
-    def member(self, members: list[Any], name: str) -> Any:
-        if not members:
-            raise UnsupportedError("an empty 'enum'")
-        for one in members:
-            if isinstance(one, str) and normal(one) in normal(self.prompt):
+    def member(self, members: Any, schema: Json, name: str) -> Any:
+        if not isinstance(members, list):
+            raise UnsupportedError(f"the enum {members!r}")
+        fitting = [one for one in members if is_of(one, schema.get("type"))]
+        if not fitting:
+            raise UnsupportedError("an 'enum' or 'const' with no value of its type")
+        for one in fitting:
+            if isinstance(one, str) and self.names(normal(one)):
                 return one
-        return members[int(unit(normal(self.prompt), name) * len(members))]
+        return fitting[int(unit(self.key, name) * len(fitting))]
+
+    def names(self, text: str) -> bool:
+        if not text or text not in self.prompt:  # much faster than the expression
+            return False
+        return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", self.prompt))
 
     def object(self, schema: Json) -> Json:
         properties = schema.get("properties", {})
-        required = set(schema.get("required", ()))
-        missing = sorted(required - set(properties))
+        required = schema.get("required", [])
+        if not isinstance(required, list):
+            raise UnsupportedError(f"'required': {required!r}")
+        missing = sorted(set(required) - set(properties))
         if missing:
             raise UnsupportedError(
                 f"a required property without a schema: {missing[0]!r}"
@@ -212,18 +241,23 @@ class _Maker:
             if known is None or not least <= len(known) <= most:
                 raise UnsupportedError(f"the format {schema['format']!r}")
             return known
+        if not 0 <= least <= most:
+            raise UnsupportedError("'minLength' below 0 or over 'maxLength'")
+        self.spend(least)
         for quoted in self.texts:
             if least <= len(quoted) <= most:
                 self.texts.remove(quoted)
                 return str(quoted)
-        if not 0 <= least <= min(most, MOST):
-            raise UnsupportedError("'minLength' over 'maxLength', or too long")
-        text = f"{name} {digest(normal(self.prompt), name)[:4]}"
+        text = f"{name} {digest(self.key, name)[:4]}"
         text = text[: int(min(most, len(text)))]
         return text.ljust(least, ".")
 
     def number(self, schema: Json, *, whole: bool) -> int | float:
-        step = schema.get("multipleOf", 1 if whole else None)
+        step = exact(schema["multipleOf"]) if "multipleOf" in schema else None
+        if step is not None and step <= 0:
+            raise UnsupportedError("'multipleOf' that is not above 0")
+        if whole:  # the whole multiples of 3/2 are those of 3
+            step = Fraction(step.numerator if step else 1)
         least, most = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
         above = schema.get("exclusiveMinimum", -math.inf)
         below = schema.get("exclusiveMaximum", math.inf)
@@ -234,16 +268,19 @@ class _Maker:
                 least <= value <= most
                 and above < value < below
                 and (not whole or value == int(value))
-                and (step is None or math.isclose(value / step, round(value / step)))
+                and (step is None or exact(value) % step == 0)
             )
 
         near = low if low > -math.inf else min(high, 0)
         candidates = [*self.numbers, 0, near, high, (low + high) / 2]
+        # Far enough from a bound that is excluded, however large it is.
+        candidates += [low + abs(low) + 1, high - abs(high) - 1]
         if step:
-            if whole and step != int(step):
-                raise UnsupportedError("'multipleOf' that is no integer, of an integer")
-            first = math.ceil(near / step) * step
-            candidates += [first, first + step, first - step]
+            first = math.ceil(exact(near) / step) * step
+            multiples = [first, first + step, first - step]
+            candidates += [
+                int(m) if m.denominator == 1 else float(m) for m in multiples
+            ]
         for value in candidates:
             if math.isfinite(value) and fits(value):
                 if value in self.numbers:
@@ -257,3 +294,15 @@ def only(schema: Json, known: set[str] | frozenset[str]) -> None:
     for keyword in schema:
         if keyword not in known and keyword not in IGNORED:
             raise UnsupportedError(f"the keyword {keyword!r}")
+
+
+def is_of(value: object, kinds: object) -> bool:
+    """Whether a value is of the type, or of one of the types."""
+    kind = KINDS[type(value)]
+    wanted = kinds if isinstance(kinds, list) else [kinds]
+    return kinds is None or kind in wanted or (kind == "integer" and "number" in wanted)
+
+
+def exact(value: float) -> Fraction:
+    """The number as it is written, without what a float adds to it."""
+    return Fraction(str(value))
