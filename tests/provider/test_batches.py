@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from helpers.connection import Provider
 from helpers.provider import app, batches
+from tests.provider.test_wire import undocumented
 
 Json = dict[str, Any]
 
@@ -121,16 +122,6 @@ def live(client: OpenAI, request: Json) -> tuple[int, Any]:
         return 200, client.post(path, body=request["body"], cast_to=object)
     except openai.APIStatusError as error:
         return error.status_code, error.response.json()
-
-
-def undocumented(value: Any) -> list[str]:
-    """Fields, at any depth, that the SDK's type does not have."""
-    if isinstance(value, list):
-        return [name for one in value for name in undocumented(one)]
-    if not isinstance(value, BaseModel):
-        return []
-    deeper = [name for _, one in value for name in undocumented(one)]
-    return list(value.model_extra or {}) + deeper
 
 
 def assert_is_strictly(kind: type[BaseModel], raw: Any) -> None:

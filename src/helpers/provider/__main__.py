@@ -12,6 +12,7 @@ from aiohttp import web
 
 from .app import Provider
 from .live import OPENAI
+from .protocol import Connection
 
 HOST = "127.0.0.1"  # loopback only, never 0.0.0.0
 POLL = 0.5  # seconds between two looks at who the parent is
@@ -21,14 +22,16 @@ async def serve(port: int, parent: int | None, upstream: str | None) -> int:
     """Serve until stopped; where a parent is given, until it is gone."""
     runner = web.AppRunner(
         Provider(upstream, os.environ.get("LLM_MODEL")).app(),
-        access_log=None,
         handler_cancellation=True,
         shutdown_timeout=0.1,
     )
     await runner.setup()
-    site = web.TCPSite(runner, HOST, port, backlog=4096)
+    loop, manager = asyncio.get_running_loop(), runner.server
+    assert manager is not None
     try:
-        await site.start()
+        server = await loop.create_server(
+            lambda: Connection(manager, loop=loop), HOST, port, backlog=4096
+        )
     except OSError as error:
         print(
             f"The provider cannot listen on port {port}: {error.strerror}. "
@@ -36,13 +39,14 @@ async def serve(port: int, parent: int | None, upstream: str | None) -> int:
             file=sys.stderr,
         )
         return 2
-    port = runner.addresses[0][1]
+    port = server.sockets[0].getsockname()[1]
     ready = {"url": f"http://{HOST}:{port}", "pid": os.getpid()}
     print(json.dumps(ready), flush=True)
     if parent is None:
         await asyncio.Event().wait()
     else:
         await _parent_gone(parent)
+    server.close()
     await runner.cleanup()
     return 0
 

@@ -13,12 +13,14 @@ from aiohttp import web
 
 from . import behaviour, faults, wire
 from .batches import ENDPOINTS, Batches
-from .behaviour import Fault, normal
+from .behaviour import Fault, digest, normal
 from .journal import PREVIEW, Attempt, Journal
 from .live import Live
+from .protocol import error_response
 
 BODY_MOST = 32 * 2**20  # bytes of a request's body; files have their own limit
 FRAME = 0.02  # seconds: the least time between two writes of one stream
+SETTLE_MOST = 3600  # seconds
 TRIES_MOST = 100_000  # prompts whose tries are counted
 DEFAULT_MODELS = ("gpt-3.5-turbo-instruct", "gpt-3.5-turbo")
 
@@ -122,12 +124,7 @@ class Provider:
                 "The provider had an error of its own; its log says more.",
                 kind="server_error",
             )
-        return web.Response(
-            text=json.dumps(problem.body),
-            status=problem.status,
-            headers=problem.headers,
-            content_type="application/json",
-        )
+        return error_response(problem)
 
     def headers(self, request: web.Request) -> dict[str, str]:
         """The headers that the API sends with every answer."""
@@ -163,7 +160,7 @@ class Provider:
         call = wire.read(ENDPOINTS[request.path], await request.read())
         generation = call if isinstance(call, wire.Generation) else None
         prompts, question = call.prompts, call.questions[0]
-        entry.model, entry.prompt = call.model, question[:PREVIEW]
+        entry.model, entry.prompt = call.model[:PREVIEW], question[:PREVIEW]
         entry.stream = bool(generation and generation.stream)
         self.check_model(call.model, settings)
         entry.prompt_tokens = call.asked
@@ -214,8 +211,9 @@ class Provider:
             return attempt
         if len(self._tries) >= TRIES_MOST:
             self._tries.clear()
-        self._tries[normal(question)] += 1
-        return self._tries[normal(question)]
+        key = digest(normal(question))
+        self._tries[key] += 1
+        return self._tries[key]
 
     async def fail(self, request: web.Request, fault: Fault | None) -> NoReturn:
         """Fail before a byte of the answer."""
@@ -276,8 +274,8 @@ class Provider:
             entry.completion_tokens += sum(map(len, groups[sent:due]))
             sent = due
         if broken:
-            event = [*groups, last][sent][0]  # the next one that was due
-            await faults.broken_stream(request, response, entry.fault, event)
+            following = [*groups, last][min(sent, len(groups))]
+            await faults.broken_stream(request, response, entry.fault, following[0])
         else:
             await response.write(b"".join(last))
         return response
@@ -299,8 +297,11 @@ class Provider:
         """GET and PATCH /_provider/config: the settings, and some of them anew."""
         if request.method == "PATCH":
             try:
-                changed = self.settings.changed(dict(await request.json()))
-            except (TypeError, ValueError) as error:
+                changes = json.loads(await request.read())
+                if not isinstance(changes, dict):
+                    raise ValueError("the body must be a JSON object")
+                changed = self.settings.changed(changes)
+            except (ValueError, RecursionError, web.RequestPayloadError) as error:
                 return web.json_response({"error": str(error)}, status=400)
             if changed != self.settings:
                 self.settings = changed
@@ -315,6 +316,8 @@ class Provider:
         try:
             since = int(request.query.get("since", 0))
             settle = float(request.query.get("settle", 0))
+            if since < 0 or not 0 <= settle <= SETTLE_MOST:
+                raise ValueError(f"settle is 0 to {SETTLE_MOST}, since 0 or more")
         except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.json_response(await self.journal.since(since, settle))

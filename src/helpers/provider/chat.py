@@ -243,11 +243,15 @@ def call_function(
 def json_text(schema: Json, question: str, param: str) -> str:
     """An instance of the schema; ApiError 400 for what the stub does not know."""
     try:
-        made = instance(schema, question)
+        return json.dumps(
+            instance(schema, question), ensure_ascii=False, allow_nan=False
+        )
     except UnsupportedError as error:
         message = f"Invalid schema in '{param}': this stub does not know {error}."
         raise ApiError(400, message, param, "invalid_schema") from None
-    return json.dumps(made, ensure_ascii=False)
+    except ValueError:
+        message = f"Invalid schema in '{param}': NaN and Infinity are not JSON."
+        raise ApiError(400, message, param, "invalid_schema") from None
 
 
 def json_object(prompt: str, question: str) -> str:

@@ -90,7 +90,9 @@ class Journal:
         """Close an entry: answered in full, or the client has gone."""
         entry.end, entry.disconnected = self.now(), disconnected
         self._in_flight -= 1
-        self._statuses["disconnected" if disconnected else str(entry.status)] += 1
+        self._statuses[
+            "disconnected" if disconnected else str(entry.status or entry.fault)
+        ] += 1
         self._sums["prompt_tokens"] += entry.prompt_tokens
         self._sums["completion_tokens"] += entry.completion_tokens
 

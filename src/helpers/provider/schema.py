@@ -16,6 +16,7 @@ Json = dict[str, Any]
 
 DEEPEST = 2  # times that one definition may stand within itself
 MOST = 10_000  # values in one instance, and characters that its texts must have
+ENUM_MOST = 1000  # values in one enum, as the API has it
 QUOTED = re.compile(r"(?<!\w)(['\"`])(.{1,500}?)\1(?!\w)")
 # Read elsewhere, or without a bearing on what is valid.
 IGNORED = frozenset(
@@ -140,6 +141,9 @@ class _Maker:
 
     def kind(self, schema: Json) -> Any:
         kinds = schema.get("type")
+        known = {*KEYWORDS, "integer"}
+        if isinstance(kinds, list) and not (kinds and known.issuperset(kinds)):
+            raise UnsupportedError(f"the type {kinds!r}")
         if isinstance(kinds, list) and kinds:  # a value rather than none
             return next((kind for kind in kinds if kind != "null"), "null")
         if kinds is None:
@@ -182,6 +186,8 @@ class _Maker:
     def member(self, members: Any, schema: Json, name: str) -> Any:
         if not isinstance(members, list):
             raise UnsupportedError(f"the enum {members!r}")
+        if len(members) > ENUM_MOST:
+            raise UnsupportedError(f"an enum of more than {ENUM_MOST} values")
         fitting = [one for one in members if is_of(one, schema.get("type"))]
         if not fitting:
             raise UnsupportedError("an 'enum' or 'const' with no value of its type")
@@ -223,6 +229,8 @@ class _Maker:
         first = [self.make(part, name) for part in schema.get("prefixItems", [])]
         least, most = schema.get("minItems", 0), schema.get("maxItems", math.inf)
         wanted = max(least, min(most, len(first) + 1))
+        if least != int(least):
+            raise UnsupportedError("'minItems' that is no integer")
         items = schema.get("items", {})
         try:
             while len(first) < wanted and items is not False:
@@ -305,4 +313,6 @@ def is_of(value: object, kinds: object) -> bool:
 
 def exact(value: float) -> Fraction:
     """The number as it is written, without what a float adds to it."""
+    if not isinstance(value, int | float):
+        raise TypeError(value)
     return Fraction(str(value))

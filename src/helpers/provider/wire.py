@@ -25,6 +25,8 @@ from .answers import answer, tokens
 from .behaviour import Refusal
 
 Json = dict[str, Any]
+TEXT_MOST = 2**20  # characters in the prompts of one call
+ANSWERS_MOST = 2048  # choices, or vectors, of one call
 Limit = Annotated[int, Field(ge=1)]
 Stop = str | Annotated[list[str], Field(max_length=4)]
 
@@ -377,6 +379,8 @@ def read(kind: type[CheckedT], raw: bytes) -> CheckedT:
     call = parse(kind, raw)
     for name, value in (call.model_extra or {}).items():
         _check_extra(name, value)
+    if isinstance(call, Call):
+        _check_size(call)
     return call
 
 
@@ -416,6 +420,17 @@ def parse(kind: type[CheckedT], raw: bytes) -> CheckedT:
         case _:
             message, code = f"Invalid value for '{param}': {reason}.", "invalid_value"
     raise ApiError(400, message, param, code)
+
+
+def _check_size(call: Call) -> None:
+    """Refuse a call that would keep this process from all others for long."""
+    prompts = call.prompts
+    if sum(map(len, prompts)) > TEXT_MOST:
+        message = f"The maximum context length of this stub is {TEXT_MOST} characters."
+        raise ApiError(400, message, code="context_length_exceeded")
+    if len(prompts) * (getattr(call, "n", None) or 1) > ANSWERS_MOST:
+        message = f"More than {ANSWERS_MOST} answers in one call."
+        raise ApiError(400, message, code="invalid_value")
 
 
 def _check_extra(name: str, value: object) -> None:
