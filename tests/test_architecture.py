@@ -49,7 +49,7 @@ def test_the_notebook_side_imports_nothing_of_the_provider(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("paths", "most"), [(NOTEBOOK_SIDE, 660), (PROVIDER, 3200)], ids=["notebook", "llm"]
+    ("paths", "most"), [(NOTEBOOK_SIDE, 680), (PROVIDER, 3300)], ids=["notebook", "llm"]
 )
 def test_a_side_stays_small(paths: list[Path], most: int) -> None:
     lines = {path.name: len(path.read_text("utf-8").splitlines()) for path in paths}

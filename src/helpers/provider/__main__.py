@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -72,6 +73,9 @@ async def _parent_gone(parent: int) -> None:
 
 def main() -> int:
     """Read the command line and serve."""
+    # Each call makes many small objects; looking through them for cycles after
+    # every 700 took a quarter of the CPU.
+    gc.set_threshold(50_000, 20, 50)
     parser = argparse.ArgumentParser(
         prog="python -m helpers.provider",
         description="A local server that plays OpenAI; point OPENAI_BASE_URL at "
