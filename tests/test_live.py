@@ -948,6 +948,15 @@ def test_an_upstream_that_dies_in_mid_answer_is_an_error_and_never_half_an_answe
     assert [entry["state"] for entry in ended(live)] == ["failed", "failed"]
 
 
+def test_a_redirect_is_not_handed_on_since_a_client_would_follow_it_past_the_cap(
+    before: Before,
+) -> None:
+    elsewhere = {"location": "http://127.0.0.1:9/v1/chat/completions"}
+    before.double.answer = told({}, status=307, headers=elsewhere)
+    with pytest.raises(openai.InternalServerError, match="redirects with status 307"):
+        CALLS["chat"](before.client)
+
+
 def test_an_upstream_that_resets_the_connection_is_a_502_and_is_asked_once(
     client: OpenAI, live: Provider, upstream: Provider
 ) -> None:

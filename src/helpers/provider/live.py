@@ -172,7 +172,7 @@ class Live:
             body = json.loads(raw)
             if not isinstance(body, dict):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ApiError(
                 400, "The body could not be parsed: no JSON object."
             ) from None
