@@ -102,11 +102,13 @@ def memory_over(calls: int, generate: Generator) -> None:
     with serving(SERVERS["provider"]) as (url, process):
         configure(url, first_token=0)
         done, shown = 0, 0
-        while done < calls:
-            done += generate(url, 64, 1).calls
+        while True:
             if done >= shown:
                 print(f"{done:9,} calls: {process.memory_info().rss / 1e6:.0f} MB")
                 shown += calls // 5
+            if done >= calls:
+                break
+            done += generate(url, 64, 1).calls
 
 
 def cpu_time(process: psutil.Process) -> float:
