@@ -208,6 +208,17 @@ def test_a_call_still_in_flight_at_the_end(
     assert bar.endswith(">")
 
 
+def test_a_bar_that_ends_with_the_run_ends_in_the_last_column(
+    provider: Provider,
+) -> None:
+    run = Timeline("any length")
+    for milliseconds in range(1, 3000):
+        run.wall = milliseconds / 1000
+        run.journal = [Attempt("a", 1, "in flight", 0, run.wall, run.wall)]
+        [bar] = bars(run)
+        assert bar.endswith(">"), run.wall
+
+
 @pytest.mark.parametrize("per_token", [0, 0.2], ids=["ends", "goes on"])
 def test_what_comes_just_after_the_end_does_not_reach_beyond_it(
     provider: Provider,

@@ -223,12 +223,12 @@ def _bars(run: Timeline) -> list[str]:
     In a bar, ░ is waiting for the first byte and █ receiving; the last sign
     is × after an error, / where the client hung up, > still in flight.
     """
-    scale = (COLUMNS - 1) / max(run.wall, 1e-9)
+    wall = max(run.wall, 1e-9)
     marks = {"answered": "█", "failed": "×", "cancelled": "/", "in flight": ">"}
     lines = []
     for attempt in run.journal[:ROWS]:
         moments = attempt.arrival, attempt.first_byte, attempt.end
-        start, first, last = (int(moment * scale) for moment in moments)
+        start, first, last = (int(moment / wall * (COLUMNS - 1)) for moment in moments)
         bar = " " * start + "░" * (first - start) + "█" * (last - first)
         bar += marks[attempt.state]
         took = attempt.end - attempt.arrival
