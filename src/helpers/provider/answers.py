@@ -14,7 +14,7 @@ _TOKEN = re.compile(r"\s*(?:\w{1,6}|[^\w\s])|\s+\Z")
 
 def tokens(text: str) -> list[str]:
     """The text cut into tokens; joined, they give the text again."""
-    return _TOKEN.findall(text)
+    return _tokens_of_answers().get(text) or _TOKEN.findall(text)
 
 
 def answer(prompt: str) -> str:
@@ -35,3 +35,9 @@ def _texts() -> dict[str, str]:
         files(__package__).joinpath("answers.toml").read_text("utf-8")
     )
     return {normal(prompt): text.strip() for prompt, text in table.items()}
+
+
+@cache
+def _tokens_of_answers() -> dict[str, list[str]]:
+    """The texts of the table, cut once: half the work of answering with one."""
+    return {text: _TOKEN.findall(text) for text in _texts().values()}

@@ -77,7 +77,6 @@ class Provider:
         entry = self.journal.arrive(
             f"{request.method} {request.path}", _attempt(request)
         )
-        entry.request_id = _request_id(self.settings.seed, entry.route, entry.attempt)
         request[ENTRY] = entry
         ended = False  # if not: the client has hung up
         try:
@@ -129,6 +128,9 @@ class Provider:
     def headers(self, request: web.Request) -> dict[str, str]:
         """The headers that the API sends with every answer."""
         entry = request[ENTRY]
+        if not entry.request_id:  # it has not come as far as its prompt
+            key = digest(self.settings.seed, entry.route, entry.attempt)
+            entry.request_id = wire.request_id(key)
         return {
             "x-request-id": entry.request_id,
             "openai-processing-ms": str(
@@ -174,8 +176,8 @@ class Provider:
         if fault == "slow":
             later = pace.first_token + settings.slow
             pace = dataclasses.replace(pace, first_token=later)
-        key = behaviour.digest(settings.seed, *prompts, entry.attempt)
-        entry.request_id, entry.fault = _request_id(key), fault or ""
+        key = digest(settings.seed, *prompts, entry.attempt)
+        entry.request_id, entry.fault = wire.request_id(key), fault or ""
         begun = self.journal.now() if await self.capacity.enter() else entry.arrival
         try:
             if fault in faults.EARLY:
@@ -332,10 +334,6 @@ class Provider:
         """POST /_provider/reset: empty the journal, zero the counts."""
         self.journal.reset()
         return web.json_response(self.journal.stats())
-
-
-def _request_id(*parts: object) -> str:
-    return f"req_{behaviour.digest(*parts)[:32]}"
 
 
 def _attempt(request: web.Request) -> int:

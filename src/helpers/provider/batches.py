@@ -389,7 +389,7 @@ class Batches:
         key = digest(batch.id, number)
         response = {
             "status_code": status,
-            "request_id": f"req_{key[:32]}",
+            "request_id": wire.request_id(key),
             "body": body,
         }
         written.append(_result(key, line["custom_id"], response, None))

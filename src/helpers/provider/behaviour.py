@@ -153,7 +153,7 @@ class Capacity:
 
     async def enter(self) -> bool:
         """Wait for a turn, which `leave` ends; returns whether there was a queue."""
-        if not self._queue and self._free():
+        if self._free():  # nobody waits where there is room
             self._used += 1
             return False
         turn = asyncio.get_running_loop().create_future()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -118,7 +119,8 @@ class Chat(Numbered):
     def _answers_a_call(self) -> Self:
         called: set[str | None] = set()
         for index, message in enumerate(self.messages):
-            called |= {call.id for call in message.tool_calls or ()}
+            if message.tool_calls:
+                called.update(call.id for call in message.tool_calls)
             if message.role == "tool" and message.tool_call_id not in called:
                 raise ValueError(
                     f"messages[{index}].tool_call_id: no earlier message has "
@@ -126,7 +128,7 @@ class Chat(Numbered):
                 )
         return self
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         return ["\n".join(message.text for message in self.messages)]
 

@@ -5,6 +5,7 @@ import hashlib
 import math
 import sys
 from array import array
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,7 +26,7 @@ class Embedding(Call):
     dimensions: Annotated[int, Field(ge=1, le=4096)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         if isinstance(self.input, str):
             return [self.input]

@@ -110,7 +110,7 @@ class Response(Generation):
             return [Item(role="user", content=self.input)]
         return self.input
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         said = [item.text for item in self.items]
         return ["\n".join([self.instructions, *said] if self.instructions else said)]

@@ -164,7 +164,7 @@ class Call(Checked):
 
     model: str
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         """The texts that ids and latency depend on, one for each answer."""
         raise NotImplementedError
@@ -179,12 +179,12 @@ class Call(Checked):
         """The tokens of the prompts, by the stub's own rough count."""
         return sum(len(tokens(prompt)) for prompt in self.prompts)
 
-    @property
+    @cached_property
     def generated(self) -> int:
         """The tokens of all answers."""
         return 0
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """The tokens of the longest answer."""
         return 0
@@ -246,11 +246,11 @@ class Generation(Call):
         """The answers, by their index."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def generated(self) -> int:
         return sum(len(choice.tokens) for choice in self.choices)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         return max(len(choice.tokens) for choice in self.choices)
 
@@ -363,7 +363,7 @@ class Completion(Numbered):
 
     prompt: str | Annotated[list[str], Field(min_length=1)]
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
@@ -471,6 +471,11 @@ def model_body(model: str) -> Json:
 def created(key: str) -> int:
     """A time in seconds since 1970, by the key alone."""
     return 1_700_000_000 + int(key[:6], 16)
+
+
+def request_id(key: str) -> str:
+    """The id of a request, by the key alone."""
+    return f"req_{key[:32]}"
 
 
 def encode(body: Json) -> bytes:
