@@ -5,6 +5,9 @@ so the ideal is connections / 0.2 s calls a second. The generator is wrk where
 it is installed (Debian: apt-get install wrk), else a bare aiohttp client,
 which takes more CPU from the provider on a small machine. A bare aiohttp
 handler that only sleeps and answers is measured beside it: the floor.
+
+Every load begins with all calls at once, which a process can only answer one
+after another. 40 seconds make that less than one call in a hundred.
 """
 
 import argparse
@@ -53,7 +56,7 @@ HEAD = """\
 def main() -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python run.py bench provider")
-    parser.add_argument("--seconds", type=float, default=10, help="of each load")
+    parser.add_argument("--seconds", type=float, default=40, help="of each load")
     parser.add_argument("--connections", type=int, nargs="+", default=[100, 1000, 4000])
     parser.add_argument("--calls", type=int, default=200_000, help="for the memory")
     parser.add_argument(
