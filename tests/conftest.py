@@ -10,6 +10,21 @@ from helpers import connect, connection
 from helpers.connection import Provider
 from helpers.provider.behaviour import Settings
 
+# Files that mostly wait, the longest first. Begun last, they would keep one
+# worker busy when the others have ended.
+LONG = ["test_run_all.py", "test_lab.py", "04_choose_threads_or_asyncio.ipynb"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files, then the other notebooks, then the rest."""
+
+    def place(item: pytest.Item) -> int:
+        if item.path.name in LONG:
+            return LONG.index(item.path.name)
+        return len(LONG) + (item.path.suffix != ".ipynb")
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def stopped_at_the_end() -> Iterator[None]:
