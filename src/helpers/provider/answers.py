@@ -39,5 +39,5 @@ def _texts() -> dict[str, str]:
 
 @cache
 def _tokens_of_answers() -> dict[str, list[str]]:
-    """The texts of the table, cut once: half the work of answering with one."""
+    """The texts of the table, each cut once and not for every call."""
     return {text: _TOKEN.findall(text) for text in _texts().values()}
