@@ -1,9 +1,13 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from tempfile import TemporaryDirectory
+from typing import Any
 from unittest import mock
 
+import nbval.kernel
 import pytest
+from jupyter_client.manager import KernelManager
 from openai import DefaultHttpxClient, OpenAI
 
 from helpers import connect, connection
@@ -24,6 +28,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return len(LONG) + (item.path.suffix != ".ipynb")
 
     items.sort(key=place)
+
+
+class SocketKernelManager(KernelManager):
+    """Speaks with its kernel over socket files, not over ports.
+
+    Jupyter looks for five free ports and the kernel binds them a second later;
+    by then another test may have one of them, and the kernel dies.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.folder = TemporaryDirectory()  # removed with the manager
+        super().__init__(transport="ipc", ip=f"{self.folder.name}/kernel", **options)
+
+
+nbval.kernel.KernelManager = SocketKernelManager
+
+
+@pytest.fixture(scope="session")
+def kernel_manager() -> type[KernelManager]:
+    return SocketKernelManager
 
 
 @pytest.fixture(scope="session")

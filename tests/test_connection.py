@@ -536,11 +536,13 @@ class Cell:
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> Iterator[BlockingKernelClient]:
+def kernel(
+    kernel_manager: type[KernelManager], tmp_path: Path
+) -> Iterator[BlockingKernelClient]:
     specs = KernelSpecManager(
         kernel_dirs=[str(Path(sys.prefix, "share", "jupyter", "kernels"))]
     )
-    manager = KernelManager(kernel_name="python3", kernel_spec_manager=specs)
+    manager = kernel_manager(kernel_name="python3", kernel_spec_manager=specs)
     manager.start_kernel(env={**os.environ, "IPYTHONDIR": str(tmp_path)})
     client = manager.client()
     client.start_channels()

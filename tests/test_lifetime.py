@@ -53,11 +53,11 @@ print(child)
 class Kernel:
     """A kernel in which connect() was called, as JupyterLab would start it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, manager: type[KernelManager], folder: Path) -> None:
         specs = KernelSpecManager(
             kernel_dirs=[str(Path(sys.prefix, "share", "jupyter", "kernels"))]
         )
-        self.manager = KernelManager(kernel_name="python3", kernel_spec_manager=specs)
+        self.manager = manager(kernel_name="python3", kernel_spec_manager=specs)
         environment = {**os.environ, "IPYTHONDIR": str(folder)}
         environment.pop("LLM_PROVIDER_URL", None)
         self.manager.start_kernel(env=environment)
@@ -145,8 +145,8 @@ def assert_gone_in_time(providers: list[psutil.Process]) -> None:
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> Iterator[Kernel]:
-    kernel = Kernel(tmp_path)
+def kernel(kernel_manager: type[KernelManager], tmp_path: Path) -> Iterator[Kernel]:
+    kernel = Kernel(kernel_manager, tmp_path)
     try:
         kernel.connect()
         yield kernel

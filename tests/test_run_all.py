@@ -6,12 +6,13 @@ lost in the queue.
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from queue import Empty
 
 import nbformat
+import nbval.kernel
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
@@ -19,19 +20,26 @@ from jupyter_client.manager import KernelManager
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-@contextmanager
-def kernel(folder: Path) -> Iterator[BlockingKernelClient]:
-    manager = KernelManager(kernel_name="python3")
-    manager.kernel_spec.argv[0] = sys.executable
-    manager.start_kernel(cwd=str(folder))
-    client = manager.blocking_client()
-    client.start_channels()
-    try:
-        client.wait_for_ready(timeout=60)
-        yield client
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+KernelIn = Callable[[Path], AbstractContextManager[BlockingKernelClient]]
+
+
+@pytest.fixture
+def kernel_in(kernel_manager: type[KernelManager]) -> KernelIn:
+    @contextmanager
+    def started(folder: Path) -> Iterator[BlockingKernelClient]:
+        manager = kernel_manager(kernel_name="python3")
+        manager.kernel_spec.argv[0] = sys.executable
+        manager.start_kernel(cwd=str(folder))
+        client = manager.blocking_client()
+        client.start_channels()
+        try:
+            client.wait_for_ready(timeout=60)
+            yield client
+        finally:
+            client.stop_channels()
+            manager.shutdown_kernel(now=True)
+
+    return started
 
 
 def replies(
@@ -56,14 +64,14 @@ def replies(
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_run_all_answers_every_cell(path: Path) -> None:
+def test_run_all_answers_every_cell(path: Path, kernel_in: KernelIn) -> None:
     cells = [
         cell
         for cell in nbformat.read(path, as_version=4).cells
         if cell.cell_type == "code"
     ]
 
-    with kernel(path.parent) as client:
+    with kernel_in(path.parent) as client:
         found = replies(client, [cell.source for cell in cells], within=150)
 
     for cell, status in zip(cells, found, strict=True):
@@ -77,12 +85,25 @@ def test_run_all_answers_every_cell(path: Path) -> None:
     ("shim", "loses"), [("nest_asyncio", True), ("nest_asyncio2", False)]
 )
 def test_the_old_shim_loses_queued_cells_and_the_new_one_none(
-    shim: str, loses: bool, tmp_path: Path
+    shim: str, loses: bool, kernel_in: KernelIn, tmp_path: Path
 ) -> None:
     nested = f"import asyncio, {shim}; {shim}.apply(); asyncio.run(asyncio.sleep(0.5))"
 
-    with kernel(tmp_path) as client:
+    with kernel_in(tmp_path) as client:
         client.execute_interactive("0", timeout=30)
         found = replies(client, [nested, "2", "3", "4", "5"], within=8)
 
     assert ("lost" in found) == loses, found
+
+
+def test_nbvals_kernels_take_no_ports_from_one_another() -> None:
+    kernels = [nbval.kernel.start_new_kernel() for _ in range(2)]
+    try:
+        addresses = [manager.get_connection_info() for manager, _ in kernels]
+    finally:
+        for manager, client in kernels:
+            client.stop_channels()
+            manager.shutdown_kernel(now=True)
+
+    assert [address["transport"] for address in addresses] == ["ipc", "ipc"]
+    assert addresses[0]["ip"] != addresses[1]["ip"]
