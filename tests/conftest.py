@@ -9,6 +9,7 @@ import nbval.kernel
 import pytest
 from jupyter_client.manager import KernelManager
 from openai import DefaultHttpxClient, OpenAI
+from xdist.scheduler import LoadFileScheduling
 
 from helpers import connect, connection
 from helpers.connection import Provider
@@ -16,7 +17,7 @@ from helpers.provider.behaviour import Settings
 
 # Files that mostly wait, the longest first. Begun last, they would keep one
 # worker busy when the others have ended.
-LONG = ["test_run_all.py", "test_lab.py", "04_choose_threads_or_asyncio.ipynb"]
+LONG = ["test_lab.py", "04_choose_threads_or_asyncio.ipynb", "test_run_all.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +29,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return len(LONG) + (item.path.suffix != ".ipynb")
 
     items.sort(key=place)
+
+
+class Parted(LoadFileScheduling):
+    """A file's tests in one worker, but for Run All: the longest file by far.
+
+    Its tests share nothing, so each goes to whoever is free.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "test_run_all.py" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return Parted(config, log)
 
 
 class SocketKernelManager(KernelManager):
