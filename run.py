@@ -3,7 +3,7 @@
     python run.py lab        open the notebooks in JupyterLab
     python run.py test       prove everything: style, types, tests, notebooks
     python run.py notebooks  execute the notebooks and store their outputs
-    python run.py bench      measure: `bench provider`
+    python run.py bench      measure: `bench provider`, `bench bounds`
 
 Each sets up `.venv` first: once, and again when requirements.lock changes.
 Further words go to the tool behind: `python run.py lab --no-browser`,
@@ -136,8 +136,20 @@ def notebooks(*names: str) -> int:
     paths = paths or sorted(NOTEBOOKS.glob("*.ipynb"))
     code = call(PYTHON, "-m", "nbconvert", *options, *paths)
     if code == 0:
+        for path in paths:
+            drop_widget_views(path)
         PICTURE.write_bytes(last_picture(NOTEBOOKS / "00_start_here.ipynb"))
     return code
+
+
+def drop_widget_views(notebook: Path) -> None:
+    """Take out what only a running kernel could show, with its random names."""
+    content = json.loads(notebook.read_text("utf-8"))
+    for cell in content["cells"]:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    notebook.write_text(text, "utf-8")
 
 
 def bench(*words: str) -> int:
