@@ -17,7 +17,13 @@ from helpers.provider.behaviour import Settings
 
 # Files that mostly wait, the longest first. Begun last, they would keep one
 # worker busy when the others have ended.
-LONG = ["test_lab.py", "04_choose_threads_or_asyncio.ipynb", "test_run_all.py"]
+LONG = [
+    "test_lab.py",
+    "test_panel.py",
+    "04_choose_threads_or_asyncio.ipynb",
+    "test_run_all.py",
+    "test_durable_job.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

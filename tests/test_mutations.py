@@ -50,6 +50,12 @@ def changed_copy(name: str, upto: str, old: str, new: str, folder: Path) -> Path
             "answers = await asyncio.gather(*[llm.ainvoke(p) for p in prompts])",
             "answers = [await llm.ainvoke(p) for p in prompts]",
         ),
+        (
+            "05_bound_what_is_in_flight",
+            "the semaphore held",
+            "asyncio.Semaphore(8)",
+            "asyncio.Semaphore(48)",
+        ),
     ],
 )
 def test_a_lesson_that_does_otherwise_than_it_says_fails_at_its_claim(

@@ -72,7 +72,7 @@ def test_run_all_answers_every_cell(path: Path, kernel_in: KernelIn) -> None:
     ]
 
     with kernel_in(path.parent) as client:
-        found = replies(client, [cell.source for cell in cells], within=150)
+        found = replies(client, [cell.source for cell in cells], within=300)
 
     for cell, status in zip(cells, found, strict=True):
         if "raises-exception" in cell.metadata.get("tags", []):
