@@ -8,10 +8,12 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -102,8 +104,16 @@ class Job:
 
 
 def ended(child: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for a process; what it printed, and how it ended."""
-    printed, errors = child.communicate(timeout=PATIENCE)
+    """Wait for a process; what else it printed, and how it ended."""
+    # Not communicate(): it does not see what printed_lines() has read ahead.
+    assert child.stdout is not None
+    assert child.stderr is not None
+    too_late = threading.Timer(PATIENCE, child.kill)
+    too_late.start()
+    with child.stdout, child.stderr:
+        printed, errors = child.stdout.read(), child.stderr.read()
+    child.wait()
+    too_late.cancel()
     return subprocess.CompletedProcess(child.args, child.returncode, printed, errors)
 
 
@@ -393,6 +403,16 @@ def test_a_bad_line_ends_the_job_before_a_call_and_changes_nothing(
     assert where in message
     assert run.attempts == 0
     assert (job.rows("SELECT * FROM answers"), job.orders.read_bytes()) == before
+
+
+def test_a_file_that_is_not_there_is_named(quick: Provider, tmp_path: Path) -> None:
+    job = Job(tmp_path, letters=SOME)
+    job.letters.unlink()
+
+    done = job.run()
+
+    assert done.returncode == 1
+    assert re.fullmatch(r"stopped: .*No such file.*letters.*\n", done.stderr)
 
 
 def test_a_locked_table_ends_the_job_before_a_call(

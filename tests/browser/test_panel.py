@@ -39,6 +39,8 @@ class Panel:
         while (now := int(value.inner_text())) != wanted:
             handle.press("ArrowRight" if now < wanted else "ArrowLeft")
             expect(value).not_to_have_text(str(now))
+        # A press overtakes moves that are still on their way to the kernel.
+        expect(self.run).to_have_text(f"Run, {wanted} at once")
 
     def press_run(self) -> None:
         self.run.dblclick()  # as impatient readers do: it is one run all the same
