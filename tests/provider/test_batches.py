@@ -641,7 +641,6 @@ def test_a_batch_of_the_largest_size_leaves_the_server_free_for_calls(
         client.chat.completions.create(**body("Hello"))
         waits.append(time.monotonic() - asked)
         batch = client.batches.retrieve(batch.id)
-        time.sleep(0.05)
     batch = until(client, batch, "completed")
     assert done(batch) == batches.LINES_MOST
     assert len(waits) > 10
