@@ -3,11 +3,12 @@
     python run.py lab        open the notebooks in JupyterLab
     python run.py test       prove everything: style, types, tests, notebooks
     python run.py notebooks  execute the notebooks and store their outputs
-    python run.py bench      measure: `bench provider`, `bench bounds`
+    python run.py bench      measure: all ways; `bench bounds`, `bench provider`
 
 Each sets up `.venv` first: once, and again when requirements.lock changes.
 Further words go to the tool behind: `python run.py lab --no-browser`,
-`python run.py test -k timeline`, `python run.py notebooks 01_make_one_call`.
+`python run.py test -k timeline`, `python run.py notebooks 01_make_one_call`,
+`python run.py bench --help`.
 """
 # Standard library only, and no syntax newer than Python 3.6, so that an old
 # Python can read this file and be told that it is too old.
@@ -153,11 +154,12 @@ def drop_widget_views(notebook: Path) -> None:
 
 
 def bench(*words: str) -> int:
-    """Run the benchmark that the first word names."""
-    known = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
-    if not words or words[0] not in known:
-        found = "no word" if not words else repr(words[0])
-        fail("wanted bench {}; got {}.".format(" or ".join(known), found))
+    """Run the benchmark that the first word names, or else the scoreboard."""
+    known = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py"))
+    if not words or words[0].startswith("-"):
+        words = ("scoreboard",) + words
+    if words[0] not in known:
+        fail("wanted bench {}; got {!r}.".format(" or ".join(known), words[0]))
     return call(PYTHON, BENCHMARKS / (words[0] + ".py"), *words[1:])
 
 

@@ -101,6 +101,12 @@ NOT_COMPARED = {
     "09_finish_the_job_tomorrow": {
         "Timeline.compare(*runs)": "how many are in flight when it is killed is a race",
     },
+    "11_let_the_provider_do_it": {
+        "Timeline.compare(live, batched)": "how many polls fit depends on the seconds",
+    },
+    "12_choose": {
+        'head = "way wall': "a table of measured figures, in columns",
+    },
 }
 
 
@@ -131,7 +137,7 @@ every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.st
 
 
 def test_the_part_of_the_course_that_has_landed_is_there() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in range(10)]
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in range(13)]
 
 
 @pytest.mark.parametrize("name", ARTICLE)

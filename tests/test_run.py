@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ("lab", "test", "notebooks")
+WORDS = ("lab", "test", "notebooks", "bench")
 
 posix_only = pytest.mark.skipif(
     os.name == "nt", reason="the stand-ins for uv and python are shell scripts"
@@ -117,6 +117,9 @@ def project(tmp_path: Path, request: pytest.FixtureRequest) -> Project:
         folder.mkdir(parents=True)
     shutil.copy(ROOT / "run.py", root)
     (root / "requirements.lock").write_text("helpers==1\n")
+    (root / "benchmarks").mkdir()
+    for name in "_ways", "bounds", "scoreboard":
+        (root / "benchmarks" / f"{name}.py").touch()
     (root / "notebooks" / "01_make_one_call.ipynb").touch()
     (root / "notebooks" / "02_make_two_calls.ipynb").touch()
     environment = {
@@ -319,6 +322,33 @@ def test_a_notebook_that_does_not_exist_is_named_and_nothing_is_executed(
     assert ended.code == 2
     assert "77_make_none.ipynb" in ended.sentence
     assert "nbconvert" not in ended.said
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("words", "behind"),
+    [
+        ([], "scoreboard.py>"),
+        (["--quick", "--at-once", "8"], "scoreboard.py><--quick><--at-once><8>"),
+        (["bounds", "60"], "bounds.py><60>"),
+    ],
+)
+def test_bench_measures_what_the_first_word_names_or_else_the_scoreboard(
+    project: Project, words: list[str], behind: str
+) -> None:
+    ended = project.run("bench", *words)
+    assert ended.code == 0
+    assert ended.said.endswith(f"{behind}\n")
+
+
+@posix_only
+@pytest.mark.parametrize("word", ["bound", "_ways", ""])
+def test_a_benchmark_that_does_not_exist_is_answered_with_those_there_are(
+    project: Project, word: str
+) -> None:
+    ended = project.run("bench", word)
+    assert ended.code == 2
+    assert f"bounds or scoreboard; got {word!r}" in ended.sentence
 
 
 @posix_only
