@@ -49,7 +49,7 @@ def cluster(
         def start(*words: str, name: str) -> None:
             with (folder / f"{name}.txt").open("wb") as log:
                 process = subprocess.Popen(
-                    [*DASK, *words, "--no-dashboard"],
+                    [*DASK, *words, "--dashboard-address", ":0"],
                     cwd=folder,
                     env=os.environ | quiet,
                     stdout=log,
