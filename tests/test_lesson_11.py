@@ -104,6 +104,21 @@ async def begun(lesson: Lesson, batch: Batch) -> None:
             batch = await lesson["client"].batches.retrieve(batch.id)
 
 
+async def ended_early(
+    lesson: Lesson, provider: Provider, path: Path, end: str
+) -> Batch:
+    """Submit a batch that is cancelled, or expires, after its first answer."""
+    window = 1 if end == "expired" else 60
+    with provider.behaving(batch_speed=BARELY, batch_window=window):
+        batch = await lesson["submit"](path)
+        if end == "cancelled":
+            await begun(lesson, batch)
+            await lesson["client"].batches.cancel(batch.id)
+        batch = await finished(lesson, batch)
+    assert batch.status == end
+    return batch
+
+
 async def orders(lesson: Lesson, path: Path) -> list[Batch]:
     """All batches for this file that the provider knows, the newest first."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -367,16 +382,16 @@ async def test_of_a_completed_batch_each_line_is_an_answer_or_an_error(
     assert answers.keys() == ids(path) - errors.keys()
 
 
-async def test_of_an_expired_batch_the_unfinished_lines_are_named(
-    lesson: Lesson, write: Write, provider: Provider
+@pytest.mark.parametrize("end", ["cancelled", "expired"])
+async def test_at_a_bad_end_the_unfinished_lines_are_named(
+    lesson: Lesson, write: Write, provider: Provider, end: str
 ) -> None:
     path = write()
 
-    with provider.behaving(batch_speed=BARELY, batch_window=1):
-        batch, answers, errors = await ran(lesson, path)
+    batch = await ended_early(lesson, provider, path, end)
+    answers, errors = await lesson["collect"](batch)
 
-    assert batch.status == "expired"
-    assert {error["code"] for error in errors.values()} == {"batch_expired"}
+    assert {error["code"] for error in errors.values()} == {f"batch_{end}"}
     assert 0 < len(answers) < 10
     assert not answers.keys() & errors.keys()
     assert answers.keys() | errors.keys() == ids(path)
@@ -387,19 +402,13 @@ async def test_what_is_missing_at_a_bad_end_is_run_again_and_nothing_else(
     lesson: Lesson, write: Write, provider: Provider, end: str
 ) -> None:
     path = write()
-    with provider.behaving(batch_speed=BARELY, batch_window=1 if end[0] == "e" else 60):
-        batch = await lesson["submit"](path)
-        if end == "cancelled":
-            await begun(lesson, batch)
-            await lesson["client"].batches.cancel(batch.id)
-        batch = await finished(lesson, batch)
+    batch = await ended_early(lesson, provider, path, end)
     answers, _ = await lesson["collect"](batch)
     rest = path.with_name("rest.jsonl")
     rest.write_bytes(b"".join(lesson["missing"](path, answers)))
 
     _, more, _ = await ran(lesson, rest)
 
-    assert batch.status == end
     assert ids(rest) == ids(path) - answers.keys()
     assert more.keys() == ids(rest)
     assert len(answers | more) == 10

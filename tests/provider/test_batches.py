@@ -525,7 +525,7 @@ def test_an_unknown_batch_is_not_found(client: OpenAI) -> None:
 # Cancelled, expired
 
 
-def test_a_cancelled_batch_keeps_what_was_done(
+def test_a_cancelled_batch_keeps_what_was_done_and_names_what_was_not(
     client: OpenAI, provider: Provider
 ) -> None:
     provider.configure(batch_speed=BARELY)
@@ -539,9 +539,13 @@ def test_a_cancelled_batch_keeps_what_was_done(
     batch = until(client, batch, "cancelled")
     assert batch.cancelled_at
     assert not batch.completed_at
-    assert counts(batch) == (5, 1, 0)
-    [first, *_] = requests
+    assert counts(batch) == (5, 1, 4)
+    [first, *others] = requests
     assert answers(client, batch) == {first["custom_id"]: live(client, first)[1]}
+    undone = results(client, batch.error_file_id)
+    assert [*undone] == [request["custom_id"] for request in others]
+    assert {one["error"]["code"] for one in undone.values()} == {"batch_cancelled"}
+    assert not any(one["response"] for one in undone.values())
 
 
 def test_a_batch_may_be_cancelled_before_it_has_begun(
@@ -551,6 +555,18 @@ def test_a_batch_may_be_cancelled_before_it_has_begun(
     batch = start(client, lines(100))
     client.batches.cancel(batch.id)
     assert done(until(client, batch, "cancelled")) < 100
+
+
+def test_a_batch_that_is_cancelled_while_it_is_checked_names_no_lines(
+    client: OpenAI, provider: Provider
+) -> None:
+    # Its lines may be no requests at all.
+    requests = jsonl(lines(batches.LINES_MOST - 1, EMBEDDINGS)) + b"{\n"
+    batch = start(client, requests, EMBEDDINGS)
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    batch = until(client, batch, "cancelled")
+    assert not batch.in_progress_at
+    assert not batch.error_file_id
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])

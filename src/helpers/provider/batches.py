@@ -319,9 +319,12 @@ class Batches:
                 done += 1
             # With more to do, others have their turn and no more.
             await asyncio.sleep(0 if done < min(due, len(lines)) else TURN)
-        cancelled, expired = batch.status == "cancelling", done < len(lines)
-        if expired and not cancelled:
-            self._expire(batch, lines[done:])
+        left = lines[done:]
+        end = "expired" if left else "completed"
+        if batch.status == "cancelling":
+            end = "cancelled"
+        if "in_progress_at" in batch.times:  # so all lines have been checked
+            self._name_left(batch, left, end)
         batch.enter("finalizing")
         await asyncio.sleep(0)
         for kind, written in (("output", batch.outputs), ("error", batch.failures)):
@@ -329,7 +332,7 @@ class Batches:
                 name = f"{batch.id}_{kind}.jsonl"
                 file = self.add(name, "batch_output", b"".join(written))
                 batch.files[kind] = file.id
-        batch.enter("cancelled" if cancelled else "expired" if expired else "completed")
+        batch.enter(end)
 
     def _validate(self, batch: Batch, lines: list[tuple[int, bytes]]) -> Iterator[None]:
         """Check all lines, one a step; what is wrong goes to `batch.errors`."""
@@ -394,12 +397,15 @@ class Batches:
         }
         written.append(_result(key, line["custom_id"], response, None))
 
-    def _expire(self, batch: Batch, lines: Iterable[bytes]) -> None:
-        """Write the requests that nobody came to into the error file."""
+    def _name_left(self, batch: Batch, lines: Iterable[bytes], end: str) -> None:
+        """Write the requests that nobody came to into the error file.
+
+        Source of the codes: OpenAI's OpenAPI description, BatchRequestOutput.
+        """
         for number, raw in enumerate(lines):
-            message = "This request could not be executed before the batch expired."
-            error = {"code": "batch_expired", "message": message}
-            key = digest(batch.id, "expired", number)
+            message = f"The batch was {end} before this request was executed."
+            error = {"code": f"batch_{end}", "message": message}
+            key = digest(batch.id, end, number)
             result = _result(key, json.loads(raw)["custom_id"], None, error)
             batch.failures.append(result)
 
