@@ -144,7 +144,8 @@ def test_a_worker_that_has_died_is_replaced_by_one_that_is_set_up_alike(
 def test_an_error_stands_in_its_place_and_the_others_are_answered(
     provider: Provider, run: Run
 ) -> None:
-    # The SDK's own error cannot be unpickled: sent as it is, its chunk never came.
+    # The SDK's own error cannot be unpickled: sent as it is, its chunk would never
+    # come, and this test would not end.
     provider.configure(faults_by_prompt={"Question 5": ["error_500"] * 9})
 
     answers = run(PROMPTS[:16], 8)
@@ -161,6 +162,18 @@ def test_the_same_prompt_is_asked_as_often_as_it_is_given(
         run(["Who wrote Hamlet?"] * 5, 1)
 
     assert seen.attempts == 5
+
+
+def test_a_loop_that_is_left_early_asks_no_more_than_has_been_begun(
+    provider: Provider, client: Client, lesson: dict[str, Any], run: Run
+) -> None:
+    provider.configure(first_token=0.5)
+    with Timeline("left early") as seen:
+        for _ in lesson["done_chunks"](client, PROMPTS * 3, 4):
+            break
+        run(PROMPTS[:8], 8)  # comes after all that is still to be done
+
+    assert seen.attempts < 2 * len(PROMPTS)
 
 
 def test_each_worker_has_one_client_for_its_whole_life(
