@@ -142,12 +142,13 @@ def measured(
     started = time.perf_counter() - begun
     with asyncio.Runner() as loop:
 
-        def call(prompts: list[str]) -> tuple[float, list[str]]:
-            begun = time.perf_counter()
+        def call(prompts: list[str]) -> tuple[float, float, list[str]]:
+            begun, cpu = time.perf_counter(), time.process_time()
             answers = names["way"](prompts, options.at_once)
             if inspect.iscoroutine(answers):
                 answers = loop.run(answers)
-            return time.perf_counter() - begun, [*map(str, answers)]
+            seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+            return seconds, cpu, [*map(str, answers)]
 
         if options.warm:
             call(prompts[:1])
@@ -175,17 +176,20 @@ def measure(
     process.start()
     theirs.close()  # so that we hear of it when the process ends
     started, lines = ours.recv()
-    tree = [psutil.Process(process.pid)]
-    tree += tree[0].children(recursive=True)
+    parent = psutil.Process(process.pid)
+    children = parent.children(recursive=True)
+    tree = [parent, *children]
     provider.ask("/_provider/reset", "POST")
     provider.configure(requests_per_minute=None)
     provider.configure(requests_per_minute=options.limit)  # with a full bucket
-    cpu, memory = cpu_seconds(tree), 0.0
+    before, memory = cpu_seconds(children), 0.0
     ours.send("go")
     while not ours.poll(0.05):
         memory = max(memory, megabytes(tree))
-    seconds, answers = ours.recv()
-    cpu, memory = cpu_seconds(tree) - cpu, max(memory, megabytes(tree))
+    seconds, cpu, answers = ours.recv()
+    # The system may count in steps of 10 ms; the process itself knows it better.
+    cpu += cpu_seconds(children) - before
+    memory = max(memory, megabytes(tree))
     ours.send("end")
     process.join()
     while (stats := provider.ask("/_provider/stats"))["in_flight"]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import nbformat
@@ -144,12 +145,15 @@ def test_a_worker_that_has_died_is_replaced_by_one_that_is_set_up_alike(
 def test_an_error_stands_in_its_place_and_the_others_are_answered(
     provider: Provider, run: Run
 ) -> None:
-    # The SDK's own error cannot be unpickled: sent as it is, its chunk would never
-    # come, and this test would not end.
+    # The SDK's own error cannot be unpickled: sent as it is, its chunk never came.
     provider.configure(faults_by_prompt={"Question 5": ["error_500"] * 9})
 
-    answers = run(PROMPTS[:16], 8)
+    answers: list[Any] = []
+    asking = Thread(target=lambda: answers.extend(run(PROMPTS[:16], 8)), daemon=True)
+    asking.start()
+    asking.join(60)
 
+    assert not asking.is_alive()
     assert isinstance(answers[5], RuntimeError)
     assert "500" in str(answers[5])
     assert all(isinstance(text, str) for text in answers[:5] + answers[6:])
