@@ -81,6 +81,13 @@ def test_a_list_that_was_counted_is_told() -> None:
     assert "len(answers) = 2" in message or repr(answers) in message
 
 
+def test_the_item_of_a_row_is_told() -> None:
+    rows = {"paced": {"refused": 0.04}}
+    message = refusal(lambda: check("few", rows["paced"]["refused"] <= 0.02))
+    _, _, *values = message.splitlines()
+    assert values == ["  rows['paced']['refused'] = 0.04"]
+
+
 def test_a_keyword_is_as_good_as_a_place() -> None:
     n = 1
     message = refusal(lambda: check("n is two", holds=n == 2))

@@ -14,7 +14,7 @@ def check(claim: str, holds: bool) -> None:
         check("two calls were in flight at once", run.peak_in_flight == 2)
 
     Raises AssertionError where `holds` is false; its message gives the
-    condition as written and the value of each name in it.
+    condition as written and the value of each name and item in it.
     """
     if holds:
         print(f"✓ {claim}")
@@ -31,7 +31,7 @@ def _figures(caller: FrameType) -> str:
     lines = [f"\n  not so: {ast.unparse(condition)}"]
     for node in ast.walk(condition):
         counted = isinstance(node, ast.Call) and ast.unparse(node.func) == "len"
-        if counted or isinstance(node, ast.Name | ast.Attribute):
+        if counted or isinstance(node, ast.Name | ast.Attribute | ast.Subscript):
             source = ast.unparse(node)
             with suppress(Exception):  # a name of an inner scope: nothing to show
                 value = eval(source, caller.f_globals, caller.f_locals)
