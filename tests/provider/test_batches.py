@@ -650,7 +650,8 @@ def test_a_batch_of_the_largest_size_leaves_the_server_free_for_calls(
     client: OpenAI,
 ) -> None:
     requests = lines(batches.LINES_MOST, EMBEDDINGS, dimensions=1)
-    client.chat.completions.create(**body("Hello"))  # a client loads what it needs at its first
+    # A client loads what it needs at its first call: the server is not to blame.
+    client.chat.completions.create(**body("Hello"))
     batch = until(client, start(client, requests, EMBEDDINGS), "in_progress")
     begun, waits = time.monotonic(), []
     while batch.status == "in_progress":
