@@ -1,6 +1,6 @@
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -64,8 +64,15 @@ class SocketKernelManager(KernelManager):
     """
 
     def __init__(self, **options: Any) -> None:
-        self.folder = TemporaryDirectory()  # removed with the manager
+        # Removed with the manager.
+        self.folder = TemporaryDirectory(ignore_cleanup_errors=True)
         super().__init__(transport="ipc", ip=f"{self.folder.name}/kernel", **options)
+
+    def start_kernel(
+        self, *, env: Mapping[str, str] = os.environ, **options: Any
+    ) -> None:
+        """A killed kernel leaves its temporary files: they go with the folder."""
+        super().start_kernel(env={**env, "TMPDIR": self.folder.name}, **options)
 
 
 nbval.kernel.KernelManager = SocketKernelManager
