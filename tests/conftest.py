@@ -64,7 +64,7 @@ class SocketKernelManager(KernelManager):
     """
 
     def __init__(self, **options: Any) -> None:
-        # Removed with the manager.
+        # Removed with the manager; a child that still writes there must not fail it.
         self.folder = TemporaryDirectory(ignore_cleanup_errors=True)
         super().__init__(transport="ipc", ip=f"{self.folder.name}/kernel", **options)
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ WAYS += ["aiohttp", "Dask", "Batch API"]
 FLOORS = ["bare SDK", "bare SDK, aiohttp", "bare aiohttp"]
 
 
-def scoreboard(*words: object, within: float = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/scoreboard.py", *map(str, words)]
+def benchmark(
+    name: str, *words: object, within: float = 300
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{name}.py", *map(str, words)]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=within
     )
+
+
+scoreboard = partial(benchmark, "scoreboard")
 
 
 def written(stem: Path) -> tuple[Any, list[dict[str, str]]]:
@@ -32,12 +38,7 @@ def written(stem: Path) -> tuple[Any, list[dict[str, str]]]:
 
 
 def test_the_benchmark_of_the_provider_measures_it_beside_a_bare_server() -> None:
-    command = [sys.executable, "benchmarks/provider.py", "--quick"]
-    command.append("--generator=aiohttp")
-
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = benchmark("provider", "--quick", "--generator=aiohttp")
 
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -50,11 +51,7 @@ def test_the_benchmark_of_the_provider_measures_it_beside_a_bare_server() -> Non
 
 
 def test_the_benchmark_of_bounds_runs_the_lessons_own_three_ways() -> None:
-    command = [sys.executable, "benchmarks/bounds.py", "60"]
-
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = benchmark("bounds", 60)
 
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

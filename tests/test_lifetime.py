@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import signal
@@ -157,6 +158,22 @@ def kernel(kernel_manager: type[KernelManager], tmp_path: Path) -> Iterator[Kern
 def test_the_provider_ends_when_the_kernel_is_shut_down(kernel: Kernel) -> None:
     kernel.manager.shutdown_kernel()
     assert_gone_in_time(kernel.providers)
+
+
+def test_the_temporary_files_of_a_killed_kernel_go_with_its_manager(
+    kernel_manager: type[KernelManager], tmp_path: Path
+) -> None:
+    kernel = Kernel(kernel_manager, tmp_path)
+    try:
+        kernel.client.wait_for_ready(timeout=PATIENCE)
+        made = Path(kernel.run("import tempfile; print(tempfile.mkdtemp(), end='')"))
+        kernel.manager.shutdown_kernel(now=True)
+        assert made.is_dir()
+    finally:
+        kernel.end()
+    del kernel
+    gc.collect()
+    assert not made.exists()
 
 
 def test_the_provider_ends_when_the_kernel_is_restarted_and_connect_starts_another(

@@ -650,7 +650,7 @@ def test_a_batch_of_the_largest_size_leaves_the_server_free_for_calls(
     client: OpenAI,
 ) -> None:
     requests = lines(batches.LINES_MOST, EMBEDDINGS, dimensions=1)
-    # A client loads what it needs at its first call: the server is not to blame.
+    # The client loads what a chat call needs at the first: not the server's doing.
     client.chat.completions.create(**body("Hello"))
     batch = until(client, start(client, requests, EMBEDDINGS), "in_progress")
     begun, waits = time.monotonic(), []
