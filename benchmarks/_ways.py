@@ -1,6 +1,6 @@
 """One run of one way, for scoreboard.py: in a fresh process, seen from outside.
 
-The ways are the cells of lesson 12 with the tag `bench`; the floors send the
+The ways are the cells of lesson 15 with the tag `bench`; the floors send the
 same through fewer layers.
 """
 
@@ -27,7 +27,7 @@ import psutil
 from helpers.connection import Provider
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-LESSON = NOTEBOOKS / "12_choose.ipynb"
+LESSON = NOTEBOOKS / "15_choose.ipynb"
 PROMPTS = (NOTEBOOKS / "prompts.txt").read_text("utf-8").splitlines()
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -1,4 +1,4 @@
-"""Every way of lesson 12 on the same prompts: python run.py bench
+"""Every way of lesson 15 on the same prompts: python run.py bench
 
 The ways are the notebook's own cells with the tag `bench`; below them stand
 floors, which send the same through fewer layers. Each run has a fresh Python
@@ -208,7 +208,7 @@ def seconds(text: str) -> float:
 def read_options() -> argparse.Namespace:
     """What is to be measured."""
     parser = argparse.ArgumentParser(
-        prog="python run.py bench", description="All ways of lesson 12 side by side."
+        prog="python run.py bench", description="All ways of lesson 15 side by side."
     )
     add = parser.add_argument
     add("--prompts", type=count, help="how many (256)")

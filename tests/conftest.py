@@ -22,12 +22,12 @@ LONG = [
     "test_panel.py",
     "04_choose_threads_or_asyncio.ipynb",
     "test_run_all.py",
-    "10_use_more_than_one_process.ipynb",
-    "12_choose.ipynb",
+    "11_use_more_than_one_process.ipynb",
+    "15_choose.ipynb",
     "test_cluster.py",
     "test_durable_job.py",
     "test_bench.py",
-    "test_lesson_11.py",
+    "test_batch_lesson.py",
 ]
 
 

@@ -93,7 +93,7 @@ def test_the_scoreboard_has_a_row_for_every_way_and_every_floor(
 def test_the_ways_are_those_of_the_lesson_and_their_lines_are_counted_there(
     tmp_path: Path,
 ) -> None:
-    path = ROOT / "notebooks" / "12_choose.ipynb"
+    path = ROOT / "notebooks" / "15_choose.ipynb"
     cells = [
         ast.parse(cell.source)
         for cell in nbformat.read(path, as_version=4).cells

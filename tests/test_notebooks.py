@@ -98,13 +98,13 @@ NOT_COMPARED = {
     "08_stream_and_show_progress": {
         "live=True": "nbval sees the first frame, the file holds the last",
     },
-    "09_finish_the_job_tomorrow": {
+    "10_finish_the_job_tomorrow": {
         "Timeline.compare(*runs)": "how many are in flight when it is killed is a race",
     },
-    "11_let_the_provider_do_it": {
+    "12_let_the_provider_do_it": {
         "Timeline.compare(live, batched)": "how many polls fit depends on the seconds",
     },
-    "12_choose": {
+    "15_choose": {
         'head = "way wall': "a table of measured figures, in columns",
     },
 }
@@ -137,7 +137,8 @@ every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.st
 
 
 def test_the_part_of_the_course_that_has_landed_is_there() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in range(13)]
+    landed = [*range(9), 10, 11, 12, 15]  # 09, 13 and 14 are still to come
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in landed]
 
 
 @pytest.mark.parametrize("name", ARTICLE)
@@ -304,6 +305,12 @@ def test_its_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", prose(path)):
         if not target.startswith("https://"):
             assert (path.parent / target).exists(), target
+
+
+@every_notebook
+def test_its_links_call_a_lesson_by_its_number(path: Path) -> None:
+    for text, number in re.findall(r"\[(\d\d)[^\]]*\]\((\d\d)_", prose(path)):
+        assert text == number
 
 
 @every_notebook
