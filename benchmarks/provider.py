@@ -219,7 +219,7 @@ def serve_floor() -> None:
 
 SERVERS = {
     "bare aiohttp": [sys.executable, __file__, "--serve-floor"],
-    "provider": [sys.executable, "-m", "helpers.provider", "--port", "0"],
+    "provider": [sys.executable, "-m", "llm_stub", "--port", "0"],
 }
 
 

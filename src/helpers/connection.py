@@ -110,7 +110,7 @@ class Provider:
             )
         return (
             f"No provider answers at {self.url} ({error}). If LLM_PROVIDER_URL "
-            "is set, start one there (python -m helpers.provider --port 8000) "
+            "is set, start one there (python -m llm_stub --port 8000) "
             "or unset it; then run connect() again."
         )
 
@@ -125,7 +125,7 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     Settings, all optional: `first_token` and `per_token` (seconds), `jitter`
     (0 to 1, by how much a prompt's latency may differ), `seed`, `models` (the
     only model names that exist; None for any), and what else stands in
-    `helpers/provider/behaviour.py`: limits, capacity, faults.
+    `llm_stub/behaviour.py`: limits, capacity, faults.
 
     With `live`, or LLM_LIVE=1 in the environment, calls are forwarded to the
     server that OPENAI_BASE_URL names, or to OpenAI, with the key in
@@ -186,7 +186,7 @@ def _start(earlier: str | None, live: bool) -> Provider:
     # A file: a pipe that nobody reads would fill. It goes with the process.
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(
-        [sys.executable, "-m", "helpers.provider", "--port", port]
+        [sys.executable, "-m", "llm_stub", "--port", port]
         + ["--parent", str(os.getpid())]
         + ["--live"] * live,
         env=environ | _reader,

@@ -169,7 +169,7 @@ class Timeline:
         return "\n".join([self.sentence, *_bars(self)])
 
     def _repr_png_(self) -> bytes:
-        from .picture import png  # only now: a run must not pay for matplotlib
+        from .drawing import png  # only now: a run must not pay for matplotlib
 
         return png([self])
 
@@ -212,7 +212,7 @@ class Comparison:
         return "\n".join(rows)
 
     def _repr_png_(self) -> bytes:
-        from .picture import png
+        from .drawing import png
 
         return png(self.runs, table=repr(self))
 

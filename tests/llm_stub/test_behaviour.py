@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 
 from helpers.connection import Provider
-from helpers.provider.behaviour import (
+from llm_stub.behaviour import (
     Fault,
     Pace,
     Settings,

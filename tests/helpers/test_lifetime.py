@@ -109,7 +109,7 @@ def providers_below(parent: psutil.Process) -> list[psutil.Process]:
     return [
         child
         for child in parent.children(recursive=True)
-        if "helpers.provider" in child.cmdline()
+        if "llm_stub" in child.cmdline()
     ]
 
 
@@ -227,7 +227,7 @@ def test_the_provider_ends_when_the_kernel_is_killed_and_a_fork_of_it_lives_on(
 @pytest.fixture
 def by_hand() -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "helpers.provider", "--port", "0"],
+        [sys.executable, "-m", "llm_stub", "--port", "0"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -244,7 +244,7 @@ def test_started_by_hand_it_outlives_its_standard_input_and_its_parent() -> None
     start_and_leave = (
         "import subprocess, sys\n"
         "provider = subprocess.Popen(\n"
-        "    [sys.executable, '-m', 'helpers.provider', '--port', '0'],\n"
+        "    [sys.executable, '-m', 'llm_stub', '--port', '0'],\n"
         "    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)\n"
         "print(provider.stdout.readline(), flush=True)\n"
     )

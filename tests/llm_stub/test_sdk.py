@@ -39,10 +39,10 @@ from openai.types.responses import (
 from pydantic import BaseModel
 
 from helpers.connection import Provider
-from helpers.provider import batches, wire
-from helpers.provider.answers import answer, tokens
-from helpers.provider.app import ENDPOINTS
-from tests.provider.test_wire import (
+from llm_stub import batches, wire
+from llm_stub.answers import answer, tokens
+from llm_stub.app import ENDPOINTS
+from tests.llm_stub.test_wire import (
     FRANCE,
     SKY,
     Json,

@@ -17,7 +17,7 @@ from distributed import Client
 from helpers import Timeline, connect
 from helpers.connection import Provider
 
-LESSON = Path(__file__).parents[1] / "notebooks" / "11_use_more_than_one_process.ipynb"
+LESSON = Path(__file__).parents[2] / "notebooks" / "11_use_more_than_one_process.ipynb"
 DASK = [sys.executable, "-m", "dask"]
 PROMPTS = [f"Question {number}" for number in range(48)]
 

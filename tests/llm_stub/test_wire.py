@@ -12,8 +12,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from helpers.connection import Provider
-from helpers.provider.answers import answer, tokens
-from helpers.provider.app import BODY_MOST
+from llm_stub.answers import answer, tokens
+from llm_stub.app import BODY_MOST
 
 SKY = "Why is the sky blue?"
 FRANCE = "What is the capital of France?"

@@ -75,7 +75,7 @@ def connected(shared: Provider) -> Provider:
 
 def is_provider(process: psutil.Process) -> bool:
     try:
-        return "helpers.provider" in process.cmdline()
+        return "llm_stub" in process.cmdline()
     except psutil.NoSuchProcess:  # or a zombie
         return False
 
@@ -111,7 +111,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def started_by_hand() -> Iterator[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "helpers.provider", "--port", "0"],
+        [sys.executable, "-m", "llm_stub", "--port", "0"],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -345,7 +345,7 @@ def test_a_provider_started_by_hand_is_used_and_left_running(ending: str) -> Non
 def assert_says_what_to_do(error: ProviderError, url: str) -> None:
     assert url in str(error)
     assert "LLM_PROVIDER_URL" in str(error)
-    assert "python -m helpers.provider --port" in str(error)
+    assert "python -m llm_stub --port" in str(error)
     assert "connect()" in str(error)
 
 
@@ -408,7 +408,7 @@ def test_a_taken_port_is_one_clear_sentence_and_exit_code_2() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = subprocess.run(
-            [sys.executable, "-m", "helpers.provider", "--port", str(port)],
+            [sys.executable, "-m", "llm_stub", "--port", str(port)],
             capture_output=True,
             text=True,
             timeout=PATIENCE,

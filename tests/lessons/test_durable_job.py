@@ -29,7 +29,7 @@ from langchain_openai import ChatOpenAI
 from helpers import Timeline
 from helpers.connection import Provider
 
-LESSON = Path(__file__).parents[1] / "notebooks" / "10_finish_the_job_tomorrow.ipynb"
+LESSON = Path(__file__).parents[2] / "notebooks" / "10_finish_the_job_tomorrow.ipynb"
 AT_ONCE = 8  # calls that the job has in flight
 FEW, SOME, MANY = 16, 60, 130  # letters
 PATIENCE = 60.0  # seconds that anything may take on a busy machine

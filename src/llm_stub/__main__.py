@@ -1,4 +1,4 @@
-"""Run the provider: python -m helpers.provider --port 8000"""
+"""Run the provider: python -m llm_stub --port 8000"""
 
 import argparse
 import asyncio
@@ -77,7 +77,7 @@ def main() -> int:
     # every 700 took a quarter of the CPU.
     gc.set_threshold(50_000, 20, 50)
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.provider",
+        prog="python -m llm_stub",
         description="A local server that plays OpenAI; point OPENAI_BASE_URL at "
         "its address followed by /v1, or LLM_PROVIDER_URL at its address.",
     )

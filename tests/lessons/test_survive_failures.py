@@ -15,7 +15,7 @@ from langchain_openai import ChatOpenAI
 from helpers import Timeline
 from helpers.connection import Provider
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "07_survive_failures.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "07_survive_failures.ipynb"
 
 
 @pytest.fixture

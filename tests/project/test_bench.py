@@ -11,7 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WAYS = ["loop", "pool", "gather", "semaphore", "workers", "batch", "abatch"]
 WAYS += ["aiohttp", "Dask", "Batch API"]
 FLOORS = ["bare SDK", "bare SDK, aiohttp", "bare aiohttp"]

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.provider.app import BODY_MOST
-from helpers.provider.behaviour import Settings
-from helpers.provider.wire import NO_EFFECT, REFUSED
+from llm_stub.app import BODY_MOST
+from llm_stub.behaviour import Settings
+from llm_stub.wire import NO_EFFECT, REFUSED
 
 QUICK = 2.0  # seconds in which a call is answered whatever others do
 SOON = 5.0  # seconds in which a call is answered that asks for much
@@ -112,7 +112,7 @@ class Abused:
     def start(self) -> None:
         with self.errors.open("w") as errors:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "helpers.provider", "--port", "0"],
+                [sys.executable, "-m", "llm_stub", "--port", "0"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -28,7 +28,7 @@ from openai.types import Batch
 from helpers import Timeline
 from helpers.connection import Provider
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "12_let_the_provider_do_it.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "12_let_the_provider_do_it.ipynb"
 PATIENCE = 120.0  # seconds that anything may take on a busy machine
 QUICK = {"delay": 0.02, "longest": 0.2}
 BARELY = 0.001  # lines a second: the first is answered, and then none for long

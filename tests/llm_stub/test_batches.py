@@ -15,8 +15,8 @@ from openai.types import Batch, BatchError, FileDeleted, FileObject
 from pydantic import BaseModel
 
 from helpers.connection import Provider
-from helpers.provider import app, batches
-from tests.provider.test_wire import undocumented
+from llm_stub import app, batches
+from tests.llm_stub.test_wire import undocumented
 
 Json = dict[str, Any]
 

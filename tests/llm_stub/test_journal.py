@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from helpers.connection import Provider
-from helpers.provider.journal import Journal
+from llm_stub.journal import Journal
 
 Json = dict[str, Any]
 

@@ -23,9 +23,9 @@ from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
 
 from helpers import Timeline, connect, connection
 from helpers.connection import Provider, ProviderError
-from helpers.provider import app as server
-from helpers.provider.answers import answer, tokens
-from helpers.provider.behaviour import Settings
+from llm_stub import app as server
+from llm_stub.answers import answer, tokens
+from llm_stub.behaviour import Settings
 
 PATIENCE = 30.0  # seconds that anything may take on a busy machine
 MUCH = 10**9  # a cap that no test reaches
@@ -70,7 +70,7 @@ def fresh() -> Iterator[None]:
 @contextlib.contextmanager
 def by_hand(*options: str, **environment: str) -> Iterator[Provider]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "helpers.provider", "--port", "0", *options],
+        [sys.executable, "-m", "llm_stub", "--port", "0", *options],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         text=True,
@@ -971,7 +971,7 @@ def test_an_upstream_that_resets_the_connection_is_a_502_and_is_asked_once(
 @contextlib.contextmanager
 def impatient() -> Iterator[None]:
     timeout = ClientTimeout(sock_connect=0.2, sock_read=0.2)
-    with mock.patch("helpers.provider.live.TIMEOUT", timeout):
+    with mock.patch("llm_stub.live.TIMEOUT", timeout):
         yield
 
 

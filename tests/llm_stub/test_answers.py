@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.provider.answers import answer, tokens
+from llm_stub.answers import answer, tokens
 
 PROMPTS = (
     (Path(__file__).parents[2] / "notebooks" / "prompts.txt")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
 
 from helpers.connection import Provider
-from helpers.provider.behaviour import Limits, Settings, duration
-from helpers.provider.wire import rate_limit
+from llm_stub.behaviour import Limits, Settings, duration
+from llm_stub.wire import rate_limit
 
 Json = dict[str, Any]
 
