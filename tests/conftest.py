@@ -13,7 +13,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from helpers import connect, connection
 from helpers.connection import Provider
-from llm_stub.behaviour import Settings
+from llm_stub.settings import Settings
 
 # Files that mostly wait, the longest first. Begun last, they would keep one
 # worker busy when the others have ended.

@@ -1,4 +1,4 @@
-"""Run the provider: python -m llm_stub --port 8000"""
+"""Run the stub: python -m llm_stub --port 8000"""
 
 import argparse
 import asyncio
@@ -11,18 +11,17 @@ import threading
 
 from aiohttp import web
 
-from .app import Provider
 from .live import OPENAI
-from .protocol import Connection
+from .server import Connection, Server
 
 HOST = "127.0.0.1"  # loopback only, never 0.0.0.0
-POLL = 0.5  # seconds between two looks at who the parent is
+PARENT_POLL = 0.5  # seconds between two checks of the parent
 
 
 async def serve(port: int, parent: int | None, upstream: str | None) -> int:
-    """Serve until stopped; where a parent is given, until it is gone."""
+    """Serve until stopped or, if a parent is given, until the parent has ended."""
     runner = web.AppRunner(
-        Provider(upstream, os.environ.get("LLM_MODEL")).app(),
+        Server(upstream, os.environ.get("LLM_MODEL")).app(),
         handler_cancellation=True,
         shutdown_timeout=0.1,
     )
@@ -35,8 +34,8 @@ async def serve(port: int, parent: int | None, upstream: str | None) -> int:
         )
     except OSError as error:
         print(
-            f"The provider cannot listen on port {port}: {error.strerror}. "
-            "Choose another --port, or 0 for a free one.",
+            f"The stub can't listen on port {port}: {error.strerror}. "
+            "Choose another --port, or --port 0 for any free one.",
             file=sys.stderr,
         )
         return 2
@@ -55,8 +54,8 @@ async def serve(port: int, parent: int | None, upstream: str | None) -> int:
 async def _parent_gone(parent: int) -> None:
     """Return when standard input ends or the parent process changes.
 
-    Either alone can fail: a process forked from the parent may hold the pipe
-    open after its death, and Windows never changes a parent.
+    One of them isn't enough: a process forked from the parent can keep the pipe
+    open after the parent has ended, and Windows never changes a parent.
     """
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
@@ -68,25 +67,29 @@ async def _parent_gone(parent: int) -> None:
     threading.Thread(target=watch_input, daemon=True).start()
     while not ended.is_set() and (os.name == "nt" or os.getppid() == parent):
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ended.wait(), POLL)
+            await asyncio.wait_for(ended.wait(), PARENT_POLL)
 
 
 def main() -> int:
     """Read the command line and serve."""
-    # Each call makes many small objects; looking through them for cycles after
-    # every 700 took a quarter of the CPU.
+    # Each call makes many small objects. Looking for cycles after every 700 of
+    # them took a quarter of the CPU.
     gc.set_threshold(50_000, 20, 50)
     parser = argparse.ArgumentParser(
         prog="python -m llm_stub",
-        description="A local server that plays OpenAI; point OPENAI_BASE_URL at "
-        "its address followed by /v1, or LLM_PROVIDER_URL at its address.",
+        description="A local server that plays OpenAI. Set OPENAI_BASE_URL to its "
+        "address followed by /v1, or LLM_PROVIDER_URL to its address.",
     )
-    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
-    parser.add_argument("--parent", type=int, help="end when this process has ended")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="0 for any free port (default: 8000)"
+    )
+    parser.add_argument(
+        "--parent", type=int, help="end when the process with this id has ended"
+    )
     parser.add_argument(
         "--live",
         action="store_true",
-        help="forward to OPENAI_API_BASE, OPENAI_BASE_URL or OpenAI, with a cap",
+        help="forward calls to OPENAI_API_BASE, OPENAI_BASE_URL or OpenAI, up to a cap",
     )
     options = parser.parse_args()
     environ = os.environ

@@ -5,7 +5,7 @@ import tomllib
 from functools import cache
 from importlib.resources import files
 
-from .behaviour import digest, normal
+from .stable import digest, normal
 
 # A rough tokenizer, as no table can be fetched: up to six letters or digits,
 # or one other sign, with the white space before it.

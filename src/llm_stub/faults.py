@@ -1,4 +1,20 @@
-"""How a fault leaves the provider: the bytes, or the lack of them."""
+"""The faults: what goes wrong with a call, and the bytes that the client sees.
+
+| fault          | what the client sees                                        |
+|----------------|-------------------------------------------------------------|
+| `slow`         | the first byte arrives `slow` seconds late                  |
+| `error_500`    | the API's error object, when the first token would be due   |
+| `error_503`    | the same with status 503                                    |
+| `reset`        | a connection reset instead of the first byte                |
+| `hang`         | nothing, ever                                               |
+| `reset_midway` | a connection reset in the middle of the body                |
+| `truncated`    | the connection closes in the middle of the body             |
+| `malformed`    | a complete response whose JSON breaks off                   |
+| `wrong_type`   | a page of HTML with status 200, like a proxy's error page   |
+
+In a stream, the last four happen after half of the tokens, except `wrong_type`,
+which replaces the stream.
+"""
 
 import asyncio
 import json
@@ -9,26 +25,75 @@ from typing import NoReturn
 
 from aiohttp import web
 
-from .wire import Json
+from .api.errors import Json, server_error
+from .settings import Fault, Settings
 
-EARLY = frozenset({"error_500", "error_503", "reset", "hang"})
-MIDWAY = frozenset({"reset_midway", "truncated", "malformed"})
-"""Before the first byte; in the middle of a stream."""
+BEFORE_FIRST_BYTE: frozenset[Fault] = frozenset(
+    {"error_500", "error_503", "reset", "hang"}
+)
+IN_STREAM: frozenset[Fault] = frozenset({"reset_midway", "truncated", "malformed"})
+IN_ANSWER: frozenset[Fault] = IN_STREAM | {"wrong_type"}
 
 PAGE = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
 
 
-class BrokenOffError(ConnectionResetError):
-    """This side ended the connection."""
+class ConnectionBrokenError(ConnectionResetError):
+    """This side broke the connection, because a fault asked for it."""
 
 
-async def hang() -> None:
-    """Never return; the client's end cancels it."""
-    await asyncio.Event().wait()
+def extra_wait(fault: Fault | None, settings: Settings) -> float:
+    """Seconds that a fault adds before the first token."""
+    return settings.slow if fault == "slow" else 0
+
+
+async def instead_of_answer(request: web.Request, fault: Fault) -> NoReturn:
+    """Play a fault of BEFORE_FIRST_BYTE.
+
+    Raises ApiError or ConnectionBrokenError; a hang ends when it is cancelled.
+    """
+    if fault == "hang":
+        await asyncio.Event().wait()
+    if fault == "reset":
+        reset(request)
+        raise ConnectionBrokenError(fault)
+    raise server_error(503 if fault == "error_503" else 500)
+
+
+async def spoiled_answer(
+    request: web.Request, body: Json, fault: Fault
+) -> web.StreamResponse:
+    """A whole answer spoiled by a fault of IN_ANSWER.
+
+    Raises ConnectionBrokenError if the fault breaks the connection.
+    """
+    if fault == "wrong_type":
+        return web.Response(body=PAGE, content_type="text/html")
+    raw = json.dumps(body).encode()
+    half = raw[: len(raw) // 2]
+    if fault == "malformed":
+        return web.Response(body=half, content_type="application/json")
+    response = web.StreamResponse()
+    response.content_type, response.content_length = "application/json", len(raw)
+    await response.prepare(request)
+    await response.write(half)
+    _break_connection(request, fault)
+
+
+async def spoiled_stream(
+    request: web.Request, response: web.StreamResponse, fault: Fault, event: bytes
+) -> None:
+    """End a stream with a fault of IN_STREAM; `event` is what would come next.
+
+    Raises ConnectionBrokenError if the fault breaks the connection.
+    """
+    if fault == "malformed":
+        await response.write(event[: len(event) // 2] + b"\n\n")
+        return
+    _break_connection(request, fault)
 
 
 def reset(request: web.Request) -> None:
-    """Reset the connection: what was not sent is lost."""
+    """Reset the connection; unsent bytes are lost."""
     transport = request.transport
     if transport is None:
         return
@@ -39,42 +104,9 @@ def reset(request: web.Request) -> None:
     transport.abort()
 
 
-async def broken_off(
-    request: web.Request, headers: dict[str, str], body: Json, *, abruptly: bool
-) -> NoReturn:
-    """Announce a whole body, send half of it, and close or reset."""
-    raw = json.dumps(body).encode()
-    response = web.StreamResponse(headers=headers)
-    response.content_type, response.content_length = "application/json", len(raw)
-    await response.prepare(request)
-    await response.write(raw[: len(raw) // 2])
-    _break_off(request, abruptly)
-
-
-async def broken_stream(
-    request: web.Request, response: web.StreamResponse, fault: str, event: bytes
-) -> None:
-    """End a stream too early, or with half an event."""
-    if fault == "malformed":
-        await response.write(event[: len(event) // 2] + b"\n\n")
-        return
-    _break_off(request, fault == "reset_midway")
-
-
-def _break_off(request: web.Request, abruptly: bool) -> NoReturn:
-    if abruptly:
+def _break_connection(request: web.Request, fault: Fault) -> NoReturn:
+    if fault == "reset_midway":
         reset(request)
     elif request.transport:
         request.transport.close()
-    raise BrokenOffError("as the fault wants it")
-
-
-def malformed(body: Json) -> web.Response:
-    """A whole response whose JSON breaks off."""
-    text = json.dumps(body)
-    return web.Response(text=text[: len(text) // 2], content_type="application/json")
-
-
-def wrong_type() -> web.Response:
-    """What a proxy sends in the place of an answer."""
-    return web.Response(body=PAGE, content_type="text/html")
+    raise ConnectionBrokenError(fault)

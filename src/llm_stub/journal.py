@@ -7,13 +7,13 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
-PREVIEW = 80  # characters of a prompt that the journal keeps
-KEPT = 20_000  # attempts that the journal keeps; older ones are dropped
+PROMPT_PREVIEW = 80  # characters of each prompt that the journal keeps
+MAX_ATTEMPTS = 20_000  # that the journal keeps; older ones are dropped
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One HTTP request; times are seconds since the provider's start."""
+    """One HTTP request; times are seconds since the stub started."""
 
     number: int
     route: str
@@ -23,9 +23,9 @@ class Attempt:
     first_byte: float | None = None
     end: float | None = None
     status: int | None = None
-    """HTTP status; None as long as none was sent."""
+    """HTTP status; None until it is sent."""
     disconnected: bool = False
-    """Whether the client hung up before it had the whole answer."""
+    """Whether the client hung up before it got the whole answer."""
     request_id: str = ""
     model: str = ""
     prompt: str = ""
@@ -33,7 +33,14 @@ class Attempt:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     fault: str = ""
-    """What was made to go wrong with it."""
+    """The fault that the stub played, or that an upstream had."""
+
+    def describe(
+        self, model: str, prompt: str, stream: bool, prompt_tokens: int = 0
+    ) -> None:
+        """Note what the request asks for, once it has been read."""
+        self.model, self.prompt = model[:PROMPT_PREVIEW], prompt[:PROMPT_PREVIEW]
+        self.stream, self.prompt_tokens = stream, prompt_tokens
 
     @property
     def state(self) -> str:
@@ -42,28 +49,28 @@ class Attempt:
             return "in flight"
         if self.disconnected:
             return "cancelled"
-        spoilt = self.fault and self.fault != "slow"
-        return "failed" if spoilt or (self.status or 500) >= 400 else "answered"
+        spoiled = self.fault and self.fault != "slow"
+        return "failed" if spoiled or (self.status or 500) >= 400 else "answered"
 
 
 class Journal:
-    """Every attempt of late, and sums over all since the last reset."""
+    """The latest attempts, and totals of all attempts since the last reset."""
 
-    def __init__(self, kept: int = KEPT) -> None:
+    def __init__(self, kept: int = MAX_ATTEMPTS) -> None:
         self._start = time.perf_counter()
         self._attempts: deque[Attempt] = deque(maxlen=kept)
         self._next = self._in_flight = 0
         self.reset()
 
     def now(self) -> float:
-        """Seconds since the provider's start."""
+        """Seconds since the stub started."""
         return time.perf_counter() - self._start
 
     def reset(self) -> None:
-        """Forget what has ended and begin the sums anew.
+        """Drop the attempts that have ended, and set the totals to zero.
 
-        Numbers go on, and calls in flight stay, so that a reader who marked
-        a place in the journal is not misled.
+        Calls in flight stay and the numbering continues, so a client that
+        remembers a number isn't misled.
         """
         open_attempts = [entry for entry in self._attempts if entry.end is None]
         self._attempts.clear()
@@ -73,7 +80,7 @@ class Journal:
         self._sums = Counter(requests=0, prompt_tokens=0, completion_tokens=0)
 
     def arrive(self, route: str, attempt: int) -> Attempt:
-        """Open an entry: a request's head has been read."""
+        """Add an entry for a request whose head has been read."""
         entry = Attempt(self._next, route, attempt, self.now())
         self._next += 1
         self._attempts.append(entry)
@@ -83,11 +90,11 @@ class Journal:
         return entry
 
     def first_byte(self, entry: Attempt, status: int) -> None:
-        """Note that the answer has begun to leave."""
+        """Note that the response is starting."""
         entry.first_byte, entry.status = self.now(), status
 
     def end(self, entry: Attempt, *, disconnected: bool = False) -> None:
-        """Close an entry: answered in full, or the client has gone."""
+        """Note that the response is complete, or that the client has hung up."""
         entry.end, entry.disconnected = self.now(), disconnected
         self._in_flight -= 1
         self._statuses[
@@ -97,11 +104,11 @@ class Journal:
         self._sums["completion_tokens"] += entry.completion_tokens
 
     async def since(self, number: int, settle: float = 0) -> dict[str, Any]:
-        """The attempts from this number on that have arrived by now, as JSON.
+        """The attempts with this number or a later one, as JSON.
 
-        Those still in flight are given `settle` seconds to end: a client can
-        be done, or have hung up, a moment before this process sees it.
-        `dropped` counts the attempts asked for that are no longer kept.
+        Waits up to `settle` seconds for those in flight to end, because a
+        client can be done, or hang up, a moment before this process notices.
+        `dropped` is how many of the requested attempts are no longer kept.
         """
         now, until = self.now(), self._next
         found = [entry for entry in self._attempts if number <= entry.number < until]

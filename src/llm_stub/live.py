@@ -1,12 +1,11 @@
-"""Live: forward calls to a real endpoint, and stop at a cap.
+"""Live mode: forward calls to a real endpoint, and stop at a cap.
 
-Keys pass through in the client's own header; they are not looked at, kept or
-written anywhere.
+Keys pass through in the client's own header. They are never stored, logged or
+shown.
 """
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from aiohttp import (
@@ -26,52 +25,55 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from .answers import tokens
-from .behaviour import Settings
-from .faults import BrokenOffError
-from .journal import PREVIEW, Attempt, Journal
-from .wire import ApiError, Json
+from .api import ENDPOINTS
+from .api.errors import ApiError, Json
+from .api.requests import Generation
+from .faults import ConnectionBrokenError
+from .journal import Attempt
+from .state import State
 
 OPENAI = "https://api.openai.com/v1"
 TIMEOUT = ClientTimeout(total=None, sock_connect=10, sock_read=600)  # seconds
-UNLIMITED = 500  # tokens set aside for an answer whose call names no limit
-TAIL = 4096  # bytes at the end of an answer, in which its usage stands
+DEFAULT_RESERVE = 500  # tokens reserved for an answer whose call names no limit
+TAIL_BYTES = 4096  # at the end of an answer, where its usage is
 DONE = b"data: [DONE]\n\n"  # the last event of a completion's stream
-# What belongs to one connection, and not to the message (RFC 9110, 7.6.1).
-HOP = frozenset(
+# Headers of one connection rather than of the message (RFC 9110, 7.6.1).
+HOP_BY_HOP = frozenset(
     """
     connection content-length host keep-alive proxy-authenticate
     proxy-authorization te trailer transfer-encoding upgrade
     """.split()
 )
-GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
-FORWARDED = (*GENERATING, "/v1/embeddings")
 
 
 class UnreachedError(ApiError):
-    """Nothing was sent, since there is no connection to the upstream."""
+    """Nothing was sent, because there is no connection to the upstream."""
+
+
+class RelayedResponse(web.StreamResponse):
+    """A response of the upstream, passed on with its own headers."""
 
 
 class Live:
-    """Forwards calls, and counts what they use."""
+    """Forwards calls, counts what they use, and refuses those over the cap."""
 
-    def __init__(
-        self,
-        upstream: str,
-        model: str | None,
-        settings: Callable[[], Settings],
-        journal: Journal,
-    ) -> None:
+    def __init__(self, upstream: str, model: str | None, state: State) -> None:
         url = URL(upstream.rstrip("/"))
         self._login = BasicAuth.from_url(url, encoding="utf-8")
         self.upstream = url.with_user(None) if url.absolute else url
         self.model = model
         self.calls = self.tokens = 0
-        self._settings, self._journal = settings, journal
+        self._state = state
         self._session: ClientSession | None = None
 
     @property
+    def used(self) -> dict[str, int]:
+        """Calls and tokens counted so far."""
+        return {"calls": self.calls, "tokens": self.tokens}
+
+    @property
     def where(self) -> str:
-        """The upstream's host, for messages; never its user or password."""
+        """The upstream's host for messages, never its user name or password."""
         return self.upstream.host or str(self.upstream).rpartition("@")[2]
 
     async def close(self, app: web.Application | None = None) -> None:
@@ -79,28 +81,33 @@ class Live:
         if self._session:
             await self._session.close()
 
-    async def forward(self, request: web.Request, entry: Attempt) -> web.StreamResponse:
-        """Send the request on, and its answer back as it comes.
+    def not_forwarded(self, path: str) -> ApiError:
+        """404 for a route that live mode doesn't forward."""
+        message = f"Live mode does not forward {path}: its cap could not hold."
+        return ApiError(404, message, code="not_forwarded")
 
-        Raises ApiError 403 at the cap, before anything is sent, 404 for a
-        route that is not forwarded, and 502 or 504 where no answer comes.
+    async def models(self, request: web.Request, entry: Attempt) -> web.StreamResponse:
+        """Forward a question about models, which costs nothing.
+
+        Raises ApiError 502 or 504 if the upstream doesn't answer.
         """
-        raw = await request.read()
-        if request.method == "POST" and request.path in FORWARDED:
-            return await self.call(request, entry, *self.with_model(raw))
-        models = re.fullmatch("/v1/models(/.+)?", request.path)
-        if request.method == "GET" and models and ".." not in request.path.split("/"):
-            return await self.relay(request, entry, await self.send(request, raw))
-        message = f"Live mode does not forward {request.path}: its cap could not hold."
-        raise ApiError(404, message, code="not_forwarded")
+        if ".." in request.path.split("/"):  # it could reach any route
+            raise self.not_forwarded(request.path)
+        answer = await self.send(request, await request.read())
+        return await self.relay(request, entry, answer)
 
-    async def call(
-        self, request: web.Request, entry: Attempt, raw: bytes, body: Json
-    ) -> web.StreamResponse:
-        """Forward a call that costs, and count what it has used."""
-        entry.model, entry.prompt = str(body.get("model", "")), prompt(body)[:PREVIEW]
-        entry.stream = bool(body.get("stream"))
-        asked, most = reserve(body, generates=request.path in GENERATING)
+    async def call(self, request: web.Request, entry: Attempt) -> web.StreamResponse:
+        """Forward a call, and count what it uses.
+
+        Raises ApiError 403 at the cap, before anything is sent, and 502 or 504
+        if the upstream doesn't answer.
+        """
+        raw, body = self.with_model(await request.read())
+        entry.describe(
+            str(body.get("model", "")), last_prompt(body), bool(body.get("stream"))
+        )
+        generates = issubclass(ENDPOINTS[request.path], Generation)
+        asked, most = reserve(body, generates=generates)
         self.check_cap(asked + most)
         self.calls += 1
         self.tokens += asked + most
@@ -111,14 +118,14 @@ class Live:
             self.tokens -= asked + most
             raise
         response = await self.relay(request, entry, answer)
-        # What is broken off stays counted in full: it may be charged.
+        # A broken answer stays counted in full, because it may be charged.
         if answer.status >= 400:
             asked_now, generated = 0, 0
         elif not entry.prompt_tokens and not entry.stream:
-            asked_now, generated = asked, most  # no usage told: as reserved
+            asked_now, generated = asked, most  # no usage given: as reserved
         else:
             asked_now, generated = entry.prompt_tokens, entry.completion_tokens
-            if not asked_now:  # no usage told: the events of a stream are counted
+            if not asked_now:  # no usage given: count the events of the stream
                 asked_now = entry.prompt_tokens = asked
         self.tokens += asked_now + generated - asked - most
         return response
@@ -127,23 +134,25 @@ class Live:
         self, request: web.Request, entry: Attempt, answer: ClientResponse
     ) -> web.StreamResponse:
         """Pass the answer on, chunk by chunk, and note its usage."""
-        response = web.StreamResponse(status=answer.status, reason=answer.reason)
+        response = RelayedResponse(status=answer.status, reason=answer.reason)
         response.headers.extend(_passed(answer.headers))
         response.content_length = answer.content_length
         tail, events = b"", 0
         try:
             await response.prepare(request)
-            self._journal.first_byte(entry, answer.status)
             async for chunk in answer.content.iter_any():
-                tail, events = (tail + chunk)[-TAIL:], events + chunk.count(b"data: ")
+                tail, events = (
+                    (tail + chunk)[-TAIL_BYTES:],
+                    events + chunk.count(b"data: "),
+                )
                 await response.write(chunk)
-                if tail.endswith(DONE):  # here the SDK hangs up, so this is the end
+                if tail.endswith(DONE):  # the SDK hangs up here, so this is the end
                     break
         except (ClientPayloadError, TimeoutError):
             entry.fault = "upstream"
             if request.transport:  # half an answer must not look like a whole one
                 request.transport.abort()
-            raise BrokenOffError("the upstream broke off") from None
+            raise ConnectionBrokenError("the upstream broke the connection") from None
         finally:
             answer.close()
         entry.prompt_tokens, entry.completion_tokens = usage(tail)
@@ -152,8 +161,8 @@ class Live:
         return response
 
     def check_cap(self, reserved: int) -> None:
-        """Raise ApiError 403 where another call would go past a cap."""
-        settings = self._settings()
+        """Raise ApiError 403 if another call would exceed a cap."""
+        settings = self._state.settings
         for name, cap, used, more in (
             ("max_calls", settings.max_calls, self.calls, 1),
             ("max_tokens", settings.max_tokens, self.tokens, reserved),
@@ -167,14 +176,17 @@ class Live:
                 raise ApiError(403, message, name, "live_cap", kind="live_cap")
 
     def with_model(self, raw: bytes) -> tuple[bytes, Json]:
-        """The body with LLM_MODEL in it, where that is set; raises ApiError 400."""
+        """The body, with the model from LLM_MODEL if that is set.
+
+        Raises ApiError 400 if the body isn't a JSON object.
+        """
         try:
             body = json.loads(raw)
             if not isinstance(body, dict):
                 raise ValueError
         except (ValueError, RecursionError):
             raise ApiError(
-                400, "The body could not be parsed: no JSON object."
+                400, "The body could not be parsed: it isn't a JSON object."
             ) from None
         if not self.model:
             return raw, body
@@ -182,13 +194,13 @@ class Live:
         return json.dumps(body).encode(), body
 
     async def send(self, request: web.Request, raw: bytes) -> ClientResponse:
-        """Send the request on; raises ApiError 502 or 504 where none answers."""
+        """Send the request to the upstream; raises ApiError 502 or 504 on failure."""
         if self._session is None:
             self._session = ClientSession(
                 timeout=TIMEOUT, trust_env=True, auto_decompress=False
             )
         headers = _passed(request.headers)
-        headers["accept-encoding"] = "identity"  # so that usage can be read
+        headers["accept-encoding"] = "identity"  # or usage could not be read
         if self._login:
             headers["authorization"] = self._login.encode()
         path = request.rel_url.raw_path.removeprefix("/v1/")
@@ -208,7 +220,7 @@ class Live:
             raise self._unreached(502, str(error.os_error), UnreachedError) from None
         except ClientError as error:
             raise self._unreached(502, type(error).__name__) from None
-        if "location" in answer.headers:  # a client would follow it past the cap
+        if "location" in answer.headers:  # a client would follow it, past the cap
             answer.close()
             raise self._unreached(502, f"it redirects with status {answer.status}")
         return answer
@@ -223,8 +235,8 @@ class Live:
         return kind(status, message, code="upstream", kind="server_error")
 
 
-def prompt(body: Json) -> str:
-    """What a body asks, as one text, for the journal."""
+def last_prompt(body: Json) -> str:
+    """The last text that a body asks about, for the journal."""
     asked: Any = body.get("prompt", body.get("input", body.get("messages", "")))
     while isinstance(asked, list) and asked:
         asked = asked[-1]
@@ -234,14 +246,14 @@ def prompt(body: Json) -> str:
 
 
 def reserve(body: Json, *, generates: bool) -> tuple[int, int]:
-    """Tokens that a call asks with, and may generate, by a rough count."""
+    """Tokens in the prompt of a call and at most in its answer, roughly counted."""
     names = ("prompt", "input", "messages", "instructions")
     asked = _size([body.get(name) for name in names])
     if not generates:
         return asked, 0
     limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
     limit = next(
-        (body[name] for name in limits if _is_count(body.get(name))), UNLIMITED
+        (body[name] for name in limits if _is_count(body.get(name))), DEFAULT_RESERVE
     )
     counts = [body[name] for name in ("n", "best_of") if _is_count(body.get(name))]
     times = max(counts, default=1)
@@ -252,7 +264,7 @@ def reserve(body: Json, *, generates: bool) -> tuple[int, int]:
 
 
 def usage(tail: bytes) -> tuple[int, int]:
-    """Tokens asked and generated, from the end of an answer; (0, 0): not told."""
+    """Prompt and answer tokens, read from the end of an answer; (0, 0) if absent."""
     text = tail.decode(errors="replace")
 
     def last(*names: str) -> int:
@@ -279,6 +291,6 @@ def _is_count(value: object) -> bool:
 
 def _passed(headers: Any) -> CIMultiDict[str]:
     kept = CIMultiDict(headers)
-    for name in HOP.intersection(name.lower() for name in headers):
+    for name in HOP_BY_HOP.intersection(name.lower() for name in headers):
         kept.popall(name)
     return kept

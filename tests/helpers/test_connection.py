@@ -416,7 +416,7 @@ def test_a_taken_port_is_one_clear_sentence_and_exit_code_2() -> None:
     assert process.returncode == 2
     assert process.stdout == ""
     (line,) = process.stderr.splitlines()
-    assert f"cannot listen on port {port}" in line
+    assert f"can't listen on port {port}" in line
     assert "Choose another --port" in line
 
 

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_stub.app import BODY_MOST
-from llm_stub.behaviour import Settings
-from llm_stub.wire import NO_EFFECT, REFUSED
+from llm_stub.api.requests import NO_EFFECT, REFUSED
+from llm_stub.server import MAX_BODY_BYTES
+from llm_stub.settings import Settings
 
 QUICK = 2.0  # seconds in which a call is answered whatever others do
 SOON = 5.0  # seconds in which a call is answered that asks for much
@@ -723,7 +723,7 @@ def test_a_body_that_is_too_large_is_refused_before_its_end(
     piece = b" " * 2**20
     with abused.connect() as connection:
         connection.sendall(message("POST", route, None, line))
-        for _ in range(BODY_MOST // len(piece) + 1):
+        for _ in range(MAX_BODY_BYTES // len(piece) + 1):
             connection.sendall(b"100000\r\n%b\r\n" % piece if chunked else piece)
         answer = read_answer(connection)
     assert answer is not None
@@ -733,7 +733,7 @@ def test_a_body_that_is_too_large_is_refused_before_its_end(
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/_provider/config"])
 def test_a_body_that_unpacks_to_too_much_is_refused(abused: Abused, route: str) -> None:
-    packed = gzip.compress(bytes(4 * BODY_MOST), 1)
+    packed = gzip.compress(bytes(4 * MAX_BODY_BYTES), 1)
     method = "PATCH" if route == "/_provider/config" else "POST"
     lines = "Content-Encoding: gzip"
     answer = abused.exchange(message(method, route, packed, lines), method)

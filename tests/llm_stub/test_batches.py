@@ -15,7 +15,7 @@ from openai.types import Batch, BatchError, FileDeleted, FileObject
 from pydantic import BaseModel
 
 from helpers.connection import Provider
-from llm_stub import app, batches
+from llm_stub import batches, files, server
 from tests.llm_stub.test_wire import undocumented
 
 Json = dict[str, Any]
@@ -264,15 +264,17 @@ def test_a_broken_form_is_the_clients_fault(post: Any, broken: bytes) -> None:
 
 
 def test_a_file_may_be_larger_than_the_body_of_a_call(client: OpenAI) -> None:
-    file = upload(client, bytes(app.BODY_MOST + 1), "user_data")
-    assert client.files.retrieve(file.id).bytes == app.BODY_MOST + 1
+    file = upload(client, bytes(server.MAX_BODY_BYTES + 1), "user_data")
+    assert client.files.retrieve(file.id).bytes == server.MAX_BODY_BYTES + 1
     client.files.delete(file.id)
 
 
-@pytest.mark.parametrize(("limit", "most"), [("FILE_MOST", 10), ("FILES_MOST", 20)])
+@pytest.mark.parametrize(
+    ("limit", "most"), [("MAX_FILE_BYTES", 10), ("MAX_TOTAL_BYTES", 20)]
+)
 def test_a_file_past_a_limit_is_refused_and_not_kept(limit: str, most: int) -> None:
     async def upload_two() -> tuple[list[int], int]:
-        async with TestClient(TestServer(app.Provider().app())) as http:
+        async with TestClient(TestServer(server.Server().app())) as http:
             statuses = []
             for size in (10, 11):
                 form = FormData({"purpose": "batch"})
@@ -282,7 +284,7 @@ def test_a_file_past_a_limit_is_refused_and_not_kept(limit: str, most: int) -> N
             listed = await (await http.get("/v1/files")).json()
             return statuses, len(listed["data"])
 
-    with mock.patch.object(batches, limit, most):
+    with mock.patch.object(files, limit, most):
         assert asyncio.run(upload_two()) == ([200, 413], 1)
 
 
@@ -468,7 +470,7 @@ def test_a_batch_with_a_wrong_line_fails_and_names_line_and_field(
     [
         (b"", "empty_file"),
         (b"\n \n", "empty_file"),
-        (b"{}\n" * (batches.LINES_MOST + 1), "too_many_tasks"),
+        (b"{}\n" * (batches.MAX_LINES + 1), "too_many_tasks"),
     ],
     ids=["empty", "blank", "too many"],
 )
@@ -561,7 +563,7 @@ def test_a_batch_that_is_cancelled_while_it_is_checked_names_no_lines(
     client: OpenAI, provider: Provider
 ) -> None:
     # Its lines may be no requests at all.
-    requests = jsonl(lines(batches.LINES_MOST - 1, EMBEDDINGS)) + b"{\n"
+    requests = jsonl(lines(batches.MAX_LINES - 1, EMBEDDINGS)) + b"{\n"
     batch = start(client, requests, EMBEDDINGS)
     assert client.batches.cancel(batch.id).status == "cancelling"
     batch = until(client, batch, "cancelled")
@@ -649,7 +651,7 @@ def test_batches_are_listed_page_by_page_the_newest_first(client: OpenAI) -> Non
 def test_a_batch_of_the_largest_size_leaves_the_server_free_for_calls(
     client: OpenAI,
 ) -> None:
-    requests = lines(batches.LINES_MOST, EMBEDDINGS, dimensions=1)
+    requests = lines(batches.MAX_LINES, EMBEDDINGS, dimensions=1)
     # The client loads what a chat call needs at the first: not the server's doing.
     client.chat.completions.create(**body("Hello"))
     batch = until(client, start(client, requests, EMBEDDINGS), "in_progress")
@@ -660,8 +662,8 @@ def test_a_batch_of_the_largest_size_leaves_the_server_free_for_calls(
         waits.append(time.monotonic() - asked)
         batch = client.batches.retrieve(batch.id)
     batch = until(client, batch, "completed")
-    assert done(batch) == batches.LINES_MOST
+    assert done(batch) == batches.MAX_LINES
     assert len(waits) > 10
     assert max(waits) < (time.monotonic() - begun) / 4
     output = client.files.content(str(batch.output_file_id)).content
-    assert output.count(b"\n") == batches.LINES_MOST
+    assert output.count(b"\n") == batches.MAX_LINES

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 
 from helpers.connection import Provider
-from llm_stub.behaviour import Capacity
+from llm_stub.capacity import Capacity
 
 Json = dict[str, Any]
 Connection = http.client.HTTPConnection

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
 
 from helpers.connection import Provider
-from llm_stub.behaviour import Limits, Settings, duration
-from llm_stub.wire import rate_limit
+from llm_stub.api.errors import rate_limit_exceeded
+from llm_stub.limits import Limits, format_duration
+from llm_stub.settings import Settings
 
 Json = dict[str, Any]
 
@@ -86,7 +87,7 @@ def test_a_call_is_let_through_when_its_retry_after_ms_has_passed_and_no_sooner(
     refusal = made.admit(tokens, now)
     assume(refusal is not None and refusal.retry_after > 0.01)
     assert refusal is not None
-    told = rate_limit(refusal).headers
+    told = rate_limit_exceeded(refusal).headers
     assert made.admit(tokens, now + 0.5 * refusal.retry_after) is not None
     assert made.admit(tokens, now + int(told["retry-after-ms"]) / 1000) is None
     assert 0 <= int(told["retry-after"]) * 1000 - int(told["retry-after-ms"]) < 1000
@@ -266,7 +267,7 @@ def test_an_answer_has_the_headers_of_the_limits_that_are_set(
         assert 300 < remains < 360
         reset = found[f"x-ratelimit-reset-{name}"]
         assert TIME.fullmatch(reset)
-        assert reset == duration((360 - remains) * 10)
+        assert reset == format_duration((360 - remains) * 10)
     assert not [name for name in found if name.startswith("retry-after")]
 
 

@@ -23,9 +23,9 @@ from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
 
 from helpers import Timeline, connect, connection
 from helpers.connection import Provider, ProviderError
-from llm_stub import app as server
+from llm_stub import server
 from llm_stub.answers import answer, tokens
-from llm_stub.behaviour import Settings
+from llm_stub.settings import Settings
 
 PATIENCE = 30.0  # seconds that anything may take on a busy machine
 MUCH = 10**9  # a cap that no test reaches
@@ -184,7 +184,7 @@ class Stage:
     @contextlib.contextmanager
     def forwarding(self, upstream: str, model: str | None = None) -> Iterator[Provider]:
         """Live mode in this process, in front of any address."""
-        with self.serving(server.Provider(upstream, model).app()) as url:
+        with self.serving(server.Server(upstream, model).app()) as url:
             yield Provider(url, live=True)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import AnyUrl, BaseModel, Field, create_model
 
-from llm_stub.schema import FORMATS, KEYWORDS, UnsupportedError, instance
+from llm_stub.api.schema import FORMATS, KEYWORDS, UnsupportedError, instance
 
 PROMPT = "Take 3, -4.5 and 120 of 'Ada' and \"Grace Hopper\", in green."
 PROMPTS = ["", PROMPT]
@@ -602,7 +602,7 @@ WORDS = [f"word {number}" for number in range(9000)]
 LONG = "Lorem ipsum " * 20_000
 PROGRAM = """
 import json, sys, tracemalloc
-from llm_stub.schema import UnsupportedError, instance
+from llm_stub.api.schema import UnsupportedError, instance
 schema, prompt = json.load(sys.stdin)
 tracemalloc.start()
 try:

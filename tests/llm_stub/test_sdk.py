@@ -39,9 +39,10 @@ from openai.types.responses import (
 from pydantic import BaseModel
 
 from helpers.connection import Provider
-from llm_stub import batches, wire
+from llm_stub import batches
 from llm_stub.answers import answer, tokens
-from llm_stub.app import ENDPOINTS
+from llm_stub.api import ENDPOINTS
+from llm_stub.api import requests as api_requests
 from tests.llm_stub.test_wire import (
     FRANCE,
     SKY,
@@ -778,21 +779,23 @@ CREATE = {
 REFUSED = [
     (route, name)
     for route, kind in ENDPOINTS.items()
-    for name in sorted(DOCUMENTED[route] & set(wire.REFUSED) - set(kind.model_fields))
+    for name in sorted(
+        DOCUMENTED[route] & set(api_requests.REFUSED) - set(kind.model_fields)
+    )
 ]
 
 
 @pytest.mark.parametrize("route", DOCUMENTED)
 def test_every_parameter_that_the_sdk_documents_is_known(route: str) -> None:
-    listed = {*wire.NO_EFFECT, *wire.REFUSED, "modalities"}
+    listed = {*api_requests.NO_EFFECT, *api_requests.REFUSED, "modalities"}
     assert DOCUMENTED[route] - MODELLED[route] - listed == set()
     assert MODELLED[route] <= DOCUMENTED[route]
 
 
 def test_only_what_the_sdk_documents_is_listed() -> None:
-    listed = {*wire.NO_EFFECT, *wire.REFUSED, "modalities"}
+    listed = {*api_requests.NO_EFFECT, *api_requests.REFUSED, "modalities"}
     assert listed - set.union(*DOCUMENTED.values()) == set()
-    assert not wire.NO_EFFECT & set(wire.REFUSED)
+    assert not api_requests.NO_EFFECT & set(api_requests.REFUSED)
 
 
 def refusal(client: OpenAI, route: str, **fields: Any) -> Any:

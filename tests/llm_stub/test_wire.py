@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from helpers.connection import Provider
 from llm_stub.answers import answer, tokens
-from llm_stub.app import BODY_MOST
+from llm_stub.server import MAX_BODY_BYTES
 
 SKY = "Why is the sky blue?"
 FRANCE = "What is the capital of France?"
@@ -449,9 +449,11 @@ def test_a_body_that_cannot_be_unpacked_is_refused(send: Any, client: OpenAI) ->
 def test_a_body_that_is_too_large_is_refused_with_the_limit(
     send: Any, client: OpenAI
 ) -> None:
-    status, answered, _ = send("POST", ROUTES["completion"], b" " * (BODY_MOST + 1))
+    status, answered, _ = send(
+        "POST", ROUTES["completion"], b" " * (MAX_BODY_BYTES + 1)
+    )
     assert status == 413
-    assert str(BODY_MOST) in assert_is_an_error(answered)["message"]
+    assert str(MAX_BODY_BYTES) in assert_is_an_error(answered)["message"]
     assert client.completions.create(model="m", prompt=SKY).choices
 
 
@@ -482,7 +484,7 @@ def test_an_unknown_route_and_a_wrong_method_are_refused(
     [
         ({"n": 0}, openai.BadRequestError),
         ({"model": "other"}, openai.NotFoundError),
-        ({"prompt": " " * (BODY_MOST + 1)}, openai.APIStatusError),
+        ({"prompt": " " * (MAX_BODY_BYTES + 1)}, openai.APIStatusError),
     ],
     ids=["400", "404", "413"],
 )

@@ -6,30 +6,24 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .answers import answer
-from .chat import (
-    Function,
-    Role,
-    Schema,
-    call_function,
-    call_id,
-    choose_function,
-    json_object,
-    json_text,
-)
-from .wire import Checked, Choice, Generation, Json, created, cut, sse
+from ..answers import answer
+from .chat import Role
+from .errors import Json
+from .requests import ApiObject, Choice, Generation, created, cut, server_sent_event
+from .schema import Schema, json_object, json_text
+from .tools import Function, call_function, call_id, choose_function
 
 Text = Literal["input_text", "output_text", "text", "refusal"]
 
 
-class Part(Checked):
+class Part(ApiObject):
     """A text part of an item; the stub reads no other."""
 
     type: Text
     text: str = ""
 
 
-class Item(Checked):
+class Item(ApiObject):
     """A message, a call that the model made, or its result."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = (
@@ -63,7 +57,7 @@ class Tool(Function):
     type: Literal["function"]
 
 
-class Forced(Checked):
+class Forced(ApiObject):
     """The one tool that must be called."""
 
     type: Literal["function"]
@@ -77,7 +71,7 @@ class Format(Schema):
     name: str = ""
 
 
-class TextOptions(Checked):
+class TextOptions(ApiObject):
     """What the text should be like."""
 
     format: Format = Format()
@@ -86,8 +80,6 @@ class TextOptions(Checked):
 
 class Response(Generation):
     """POST /v1/responses; nothing is stored."""
-
-    ROUTE = "/v1/responses"
 
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
@@ -175,11 +167,11 @@ class Response(Generation):
         ended = status != "in_progress"
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         usage = {
-            "input_tokens": self.asked,
+            "input_tokens": self.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": self.generated,
+            "output_tokens": self.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self.asked + self.generated,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
         options = (self.text or TextOptions()).model_dump(by_alias=True)["format"]
         if options["type"] != "json_schema":
@@ -230,7 +222,9 @@ class Response(Generation):
             nonlocal number
             name = f"response.{kind}"
             number += 1
-            return sse({"type": name, "sequence_number": number - 1, **fields}, name)
+            return server_sent_event(
+                {"type": name, "sequence_number": number - 1, **fields}, name
+            )
 
         begun = self.envelope(key, "in_progress")
         first = [

@@ -1,58 +1,41 @@
 """POST /v1/chat/completions: messages, function tools and response formats."""
 
-import json
-import re
 from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .answers import answer
-from .schema import UnsupportedError, instance, loose
-from .wire import ApiError, Checked, Choice, Json, Limit, Numbered, cut
+from ..answers import answer
+from .completions import WithChoices
+from .errors import Json
+from .requests import ApiObject, Choice, Limit, cut
+from .schema import Schema, json_object, json_text
+from .tools import Function, call_function, call_id, choose_function
 
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
 
-class Function(Checked):
-    """A function that the model may call; `parameters` is a JSON schema."""
-
-    name: str
-    description: str | None = None
-    parameters: Json | None = None
-    strict: bool | None = None
-
-
-class Schema(Checked):
-    """The schema that an answer must have."""
-
-    name: str
-    description: str | None = None
-    schema_: Json = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
-
-
-class Tool(Checked):
+class Tool(ApiObject):
     """A function tool; the stub has no tools of its own."""
 
     type: Literal["function"]
     function: Function
 
 
-class Name(Checked):
+class Name(ApiObject):
     """The name of a function."""
 
     name: str
 
 
-class Forced(Checked):
+class Forced(ApiObject):
     """The one tool that must be called."""
 
     type: Literal["function"]
     function: Name
 
 
-class Format(Checked):
+class Format(ApiObject):
     """What an answer must look like."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -65,20 +48,20 @@ class Format(Checked):
         return self
 
 
-class Part(Checked):
+class Part(ApiObject):
     """A text part of a message; the stub reads no other."""
 
     type: Literal["text", "refusal"]
     text: str = ""
 
 
-class Called(Checked):
+class Called(ApiObject):
     """A call that the model made earlier."""
 
     id: str
 
 
-class Message(Checked):
+class Message(ApiObject):
     """One message of a chat."""
 
     role: Role
@@ -102,10 +85,9 @@ class Message(Checked):
         return self.content or ""
 
 
-class Chat(Numbered):
+class Chat(WithChoices):
     """POST /v1/chat/completions"""
 
-    ROUTE = "/v1/chat/completions"
     PREFIX, KIND, KIND_OF_EVENT = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -203,67 +185,3 @@ class Chat(Numbered):
                 }
             }
         return {"delta": {"content": token}}
-
-
-def choose_function(
-    functions: list[Function], wish: str, question: str, *, done: bool
-) -> Function | None:
-    """The function that is called, if one is.
-
-    `wish` is none, auto, required, or a name. Left to itself, the stub calls
-    the function whose name has most words in common with the question, once.
-    """
-    if wish == "none" or not functions:
-        if wish not in ("none", "auto"):
-            raise ApiError(400, "'tool_choice' goes with 'tools'.", "tool_choice")
-        return None
-
-    def common(function: Function) -> int:
-        words = re.findall(r"[^\W_]{4,}", function.name.casefold())
-        return sum(word in question.casefold() for word in words)
-
-    if wish in ("auto", "required"):
-        best = max(functions, key=common)
-        return best if wish == "required" or (common(best) and not done) else None
-    for function in functions:
-        if function.name == wish:
-            return function
-    raise ApiError(400, f"There is no tool '{wish}' in 'tools'.", "tool_choice")
-
-
-def call_function(
-    function: Function, question: str, limit: int | None, *, named: bool
-) -> Choice:
-    """The call; where it was told by name, it ends as a text does."""
-    text = json_text(function.parameters or {"type": "object"}, question, "tools")
-    made = cut(text, limit)
-    if made.reason == "stop" and not named:
-        return Choice(made.tokens, "tool_calls", function.name)
-    return Choice(made.tokens, made.reason, function.name)
-
-
-def json_text(schema: Json, question: str, param: str) -> str:
-    """An instance of the schema; ApiError 400 for what the stub does not know."""
-    try:
-        return json.dumps(
-            instance(schema, question), ensure_ascii=False, allow_nan=False
-        )
-    except UnsupportedError as error:
-        message = f"Invalid schema in '{param}': this stub does not know {error}."
-        raise ApiError(400, message, param, "invalid_schema") from None
-    except ValueError:
-        message = f"Invalid schema in '{param}': NaN and Infinity are not JSON."
-        raise ApiError(400, message, param, "invalid_schema") from None
-
-
-def json_object(prompt: str, question: str) -> str:
-    """An answer for JSON mode, which wants the word in the messages."""
-    if "json" not in prompt.casefold():
-        message = "'messages' must contain the word 'json' in some form."
-        raise ApiError(400, message, "messages")
-    return json.dumps(loose(prompt, answer(question)), ensure_ascii=False)
-
-
-def call_id(key: str) -> str:
-    """The id of a function's call."""
-    return f"call_{key[:24]}"

@@ -10,17 +10,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .wire import Call, Json
+from .errors import Json
+from .requests import Call
 
-LENGTH = 1536  # numbers in a vector, unless the request says otherwise
+DEFAULT_DIMENSIONS = 1536  # numbers in a vector, unless the request says otherwise
 Texts = Annotated[list[str], Field(min_length=1, max_length=2048)]
 Tokens = Annotated[list[int], Field(min_length=1)]
 
 
 class Embedding(Call):
     """POST /v1/embeddings; the input is texts, or tokens as numbers."""
-
-    ROUTE = "/v1/embeddings"
 
     input: str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
     dimensions: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -40,12 +39,15 @@ class Embedding(Call):
             {"object": "embedding", "index": index, "embedding": self.encoded(text)}
             for index, text in enumerate(self.prompts)
         ]
-        usage = {"prompt_tokens": self.asked, "total_tokens": self.asked}
+        usage = {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens,
+        }
         return {"object": "list", "data": data, "model": self.model, "usage": usage}
 
     def encoded(self, text: str) -> list[float] | str:
         """The text's vector, as the request wants it."""
-        vector = unit_vector(text, self.dimensions or LENGTH)
+        vector = unit_vector(text, self.dimensions or DEFAULT_DIMENSIONS)
         if self.encoding_format != "base64":
             return vector
         floats = array("f", vector)

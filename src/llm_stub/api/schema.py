@@ -5,14 +5,18 @@ where they can: its numbers and its quoted texts in their order, and those
 members of an enum that it names.
 """
 
+import json
 import math
 import re
 from fractions import Fraction
 from typing import Any
 
-from .behaviour import digest, normal, unit
+from pydantic import Field
 
-Json = dict[str, Any]
+from ..answers import answer
+from ..stable import digest, normal, unit
+from .errors import ApiError, Json
+from .requests import ApiObject
 
 DEEPEST = 2  # times that one definition may stand within itself
 MOST = 10_000  # values in one instance, and characters that its texts must have
@@ -65,6 +69,37 @@ class UnsupportedError(Exception):
 
 class _TooDeepError(Exception):
     """A definition stands within itself too often."""
+
+
+class Schema(ApiObject):
+    """The schema that an answer must have."""
+
+    name: str
+    description: str | None = None
+    schema_: Json = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+def json_text(schema: Json, question: str, param: str) -> str:
+    """An instance of the schema; ApiError 400 for what the stub does not know."""
+    try:
+        return json.dumps(
+            instance(schema, question), ensure_ascii=False, allow_nan=False
+        )
+    except UnsupportedError as error:
+        message = f"Invalid schema in '{param}': this stub does not know {error}."
+        raise ApiError(400, message, param, "invalid_schema") from None
+    except ValueError:
+        message = f"Invalid schema in '{param}': NaN and Infinity are not JSON."
+        raise ApiError(400, message, param, "invalid_schema") from None
+
+
+def json_object(prompt: str, question: str) -> str:
+    """An answer for JSON mode, which wants the word in the messages."""
+    if "json" not in prompt.casefold():
+        message = "'messages' must contain the word 'json' in some form."
+        raise ApiError(400, message, "messages")
+    return json.dumps(loose(prompt, answer(question)), ensure_ascii=False)
 
 
 def instance(schema: Json, prompt: str) -> Any:

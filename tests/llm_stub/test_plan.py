@@ -16,30 +16,23 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 
 from helpers.connection import Provider
-from llm_stub.behaviour import (
-    Fault,
-    Pace,
-    Settings,
-    digest,
-    duration,
-    fault,
-    normal,
-    pace,
-    unit,
-)
+from llm_stub.limits import format_duration
+from llm_stub.plan import Pace, choose_fault, choose_pace
+from llm_stub.settings import Fault, Settings
+from llm_stub.stable import digest, normal, unit
 
 PROMPTS = [f"What is {number} times {number}?" for number in range(500)]
 DEFAULTS = Settings()
 
 
 def test_a_pace_does_not_depend_on_what_was_asked_before() -> None:
-    in_order = {prompt: pace(DEFAULTS, prompt, 1) for prompt in PROMPTS}
+    in_order = {prompt: choose_pace(DEFAULTS, prompt, 1) for prompt in PROMPTS}
     shuffled = random.Random(1).sample(PROMPTS, len(PROMPTS))
-    assert {prompt: pace(DEFAULTS, prompt, 1) for prompt in shuffled} == in_order
+    assert {prompt: choose_pace(DEFAULTS, prompt, 1) for prompt in shuffled} == in_order
 
 
 def test_a_pace_is_the_same_in_every_run() -> None:
-    first_token = pace(DEFAULTS, "Hello how are you?", 1).first_token
+    first_token = choose_pace(DEFAULTS, "Hello how are you?", 1).first_token
     assert first_token == pytest.approx(0.308790843)
 
 
@@ -49,14 +42,14 @@ def test_a_pace_is_the_same_in_every_run() -> None:
     ids=["seed", "prompt", "attempt"],
 )
 def test_a_pace_depends_on(seed: int, prompt: str, attempt: int) -> None:
-    other = pace(Settings(seed=seed), prompt, attempt)
-    assert other != pace(DEFAULTS, "Why?", 1)
+    other = choose_pace(Settings(seed=seed), prompt, attempt)
+    assert other != choose_pace(DEFAULTS, "Why?", 1)
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.2, 1.0])
 def test_a_pace_lies_within_the_jitter_and_uses_all_of_it(jitter: float) -> None:
     settings = Settings(first_token=2.0, per_token=0.5, jitter=jitter)
-    paces = [pace(settings, prompt, 1) for prompt in PROMPTS]
+    paces = [choose_pace(settings, prompt, 1) for prompt in PROMPTS]
     shares = [one.first_token / 2.0 - 1 for one in paces]
     assert min(shares) >= -jitter - 1e-9
     assert max(shares) <= jitter + 1e-9
@@ -72,7 +65,9 @@ TAILED = Settings(tail=1, jitter=0)
 
 
 def test_a_tail_makes_latencies_log_normal() -> None:
-    factors = [pace(TAILED, prompt, 1).first_token / 0.3 for prompt in PROMPTS[:300]]
+    factors = [
+        choose_pace(TAILED, prompt, 1).first_token / 0.3 for prompt in PROMPTS[:300]
+    ]
     logs = [math.log(factor) for factor in factors]
     assert statistics.median(factors) == pytest.approx(1, rel=0.2)
     assert statistics.mean(logs) == pytest.approx(0, abs=0.2)
@@ -83,21 +78,21 @@ def test_a_tail_makes_latencies_log_normal() -> None:
 
 
 def test_a_tail_is_the_same_in_every_run_and_another_with_another_seed() -> None:
-    first_token = pace(TAILED, "Hello how are you?", 1).first_token
+    first_token = choose_pace(TAILED, "Hello how are you?", 1).first_token
     assert first_token == pytest.approx(0.522688541)
-    other = pace(Settings(tail=1, jitter=0, seed=1), "Hello how are you?", 1)
+    other = choose_pace(Settings(tail=1, jitter=0, seed=1), "Hello how are you?", 1)
     assert other.first_token != pytest.approx(first_token)
 
 
 def test_a_tail_stretches_a_token_like_the_first_one() -> None:
-    one = pace(TAILED, "Why?", 1)
+    one = choose_pace(TAILED, "Why?", 1)
     assert one.per_token / 0.01 == pytest.approx(one.first_token / 0.3)
 
 
 def test_a_wider_tail_puts_each_prompt_further_from_the_median() -> None:
     for prompt in PROMPTS[:50]:
         narrow, wide = (
-            pace(Settings(tail=tail, jitter=0), prompt, 1).first_token / 0.3
+            choose_pace(Settings(tail=tail, jitter=0), prompt, 1).first_token / 0.3
             for tail in (0.5, 1.5)
         )
         assert math.log(wide) == pytest.approx(3 * math.log(narrow))
@@ -105,11 +100,18 @@ def test_a_wider_tail_puts_each_prompt_further_from_the_median() -> None:
 
 def test_each_try_draws_its_tail_anew_but_not_its_jitter() -> None:
     for prompt in PROMPTS[:50]:
-        tries = [pace(TAILED, prompt, 1, tries).first_token for tries in range(1, 5)]
+        tries = [
+            choose_pace(TAILED, prompt, 1, tries).first_token for tries in range(1, 5)
+        ]
         assert len(set(tries)) == 4
-        assert len({pace(DEFAULTS, prompt, 1, tries) for tries in range(1, 5)}) == 1
+        assert (
+            len({choose_pace(DEFAULTS, prompt, 1, tries) for tries in range(1, 5)}) == 1
+        )
     logs = [
-        [math.log(pace(TAILED, prompt, 1, tries).first_token) for prompt in PROMPTS]
+        [
+            math.log(choose_pace(TAILED, prompt, 1, tries).first_token)
+            for prompt in PROMPTS
+        ]
         for tries in (1, 2)
     ]
     assert abs(statistics.correlation(*logs)) < 0.15
@@ -124,7 +126,7 @@ def test_a_second_request_for_the_same_prompt_draws_anew(
         client.completions.create(model="m", prompt="Why?")
     found = provider.ask("/_provider/journal?settle=5")["attempts"]
     for tries, entry in enumerate(found, 1):
-        expected = pace(Settings(**settings), "Why?", 1, tries).first_token
+        expected = choose_pace(Settings(**settings), "Why?", 1, tries).first_token
         assert expected <= entry["end"] - entry["arrival"] < expected + 0.5
 
 
@@ -182,7 +184,7 @@ def test_a_unit_lies_within_0_and_1_and_fills_it_evenly() -> None:
 def test_a_duration_is_written_as_the_api_does_and_never_too_short(
     seconds: float, text: str
 ) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -195,9 +197,9 @@ def test_a_prompt_is_the_same_whatever_its_white_space_and_case(
     assert normal(prompt) == normal(same)
     for rate in (0.3, 0.7):
         rates = Settings(faults={"error_500": rate})
-        assert fault(rates, prompt, 1) == fault(rates, same, 1)
+        assert choose_fault(rates, prompt, 1) == choose_fault(rates, same, 1)
     listed = Settings(faults_by_prompt={prompt: ["hang"]})
-    assert fault(listed, same, 1) == "hang"
+    assert choose_fault(listed, same, 1) == "hang"
 
 
 RATES: dict[Fault, float] = {"error_500": 0.2, "hang": 0.05, "slow": 0.5}
@@ -207,7 +209,7 @@ RATES: dict[Fault, float] = {"error_500": 0.2, "hang": 0.05, "slow": 0.5}
 @pytest.mark.parametrize("seed", [0, 1])
 def test_each_fault_has_its_share(seed: int, tries: int) -> None:
     settings = Settings(faults=RATES, seed=seed)
-    counts = Counter(fault(settings, prompt, tries) for prompt in PROMPTS)
+    counts = Counter(choose_fault(settings, prompt, tries) for prompt in PROMPTS)
     assert counts.keys() == {*RATES, None}
     for kind, rate in RATES.items():
         sigma = math.sqrt(rate * (1 - rate) / len(PROMPTS))
@@ -217,7 +219,7 @@ def test_each_fault_has_its_share(seed: int, tries: int) -> None:
 def test_a_fault_depends_on_seed_and_try_and_on_nothing_else() -> None:
     def faults(tries: int = 1, **changes: Any) -> list[Fault | None]:
         settings = Settings(faults=RATES).changed(changes)
-        return [fault(settings, prompt, tries) for prompt in PROMPTS]
+        return [choose_fault(settings, prompt, tries) for prompt in PROMPTS]
 
     assert faults() == faults(first_token=1, tail=1, capacity=1)
     assert faults() == faults(faults=dict(reversed(RATES.items())))
@@ -228,17 +230,19 @@ def test_a_fault_depends_on_seed_and_try_and_on_nothing_else() -> None:
 def test_a_rate_of_1_hits_every_try_and_no_rate_none() -> None:
     always, never = Settings(faults={"reset": 1}), Settings(faults={"reset": 0})
     for prompt in PROMPTS:
-        assert {fault(always, prompt, tries) for tries in (1, 2, 3)} == {"reset"}
-        assert fault(never, prompt, 1) is fault(DEFAULTS, prompt, 1) is None
+        assert {choose_fault(always, prompt, tries) for tries in (1, 2, 3)} == {"reset"}
+        assert (
+            choose_fault(never, prompt, 1) is choose_fault(DEFAULTS, prompt, 1) is None
+        )
 
 
 def test_a_prompts_own_list_goes_before_the_rates_and_then_there_is_no_fault() -> None:
     settings = Settings(
         faults={"reset": 1}, faults_by_prompt={"Why?": ["hang", None, "slow"]}
     )
-    listed = [fault(settings, "Why?", tries) for tries in range(1, 6)]
+    listed = [choose_fault(settings, "Why?", tries) for tries in range(1, 6)]
     assert listed == ["hang", None, "slow", None, None]
-    assert fault(settings, "How?", 1) == "reset"
+    assert choose_fault(settings, "How?", 1) == "reset"
 
 
 def seen(completion: Completion) -> tuple[str, int, str | None]:

@@ -1,0 +1,19 @@
+"""OpenAI's API as the stub speaks it: one class for each route that costs money."""
+
+from .chat import Chat
+from .completions import Completion
+from .embeddings import Embedding
+from .requests import Call, read
+from .responses import Response
+
+ENDPOINTS: dict[str, type[Call]] = {
+    "/v1/chat/completions": Chat,
+    "/v1/completions": Completion,
+    "/v1/responses": Response,
+    "/v1/embeddings": Embedding,
+}
+
+
+def read_call(path: str, raw: bytes) -> Call:
+    """Read a request to one of ENDPOINTS; raises ApiError 400 if it's invalid."""
+    return read(ENDPOINTS[path], raw)

@@ -1,0 +1,58 @@
+"""Function tools: which function is called, and with which arguments."""
+
+import re
+
+from .errors import ApiError, Json
+from .requests import ApiObject, Choice, cut
+from .schema import json_text
+
+
+class Function(ApiObject):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: Json | None = None
+    strict: bool | None = None
+
+
+def choose_function(
+    functions: list[Function], wish: str, question: str, *, done: bool
+) -> Function | None:
+    """The function that is called, if one is.
+
+    `wish` is none, auto, required, or a name. Left to itself, the stub calls
+    the function whose name has most words in common with the question, once.
+    """
+    if wish == "none" or not functions:
+        if wish not in ("none", "auto"):
+            raise ApiError(400, "'tool_choice' goes with 'tools'.", "tool_choice")
+        return None
+
+    def common(function: Function) -> int:
+        words = re.findall(r"[^\W_]{4,}", function.name.casefold())
+        return sum(word in question.casefold() for word in words)
+
+    if wish in ("auto", "required"):
+        best = max(functions, key=common)
+        return best if wish == "required" or (common(best) and not done) else None
+    for function in functions:
+        if function.name == wish:
+            return function
+    raise ApiError(400, f"There is no tool '{wish}' in 'tools'.", "tool_choice")
+
+
+def call_function(
+    function: Function, question: str, limit: int | None, *, named: bool
+) -> Choice:
+    """The call; where it was told by name, it ends as a text does."""
+    text = json_text(function.parameters or {"type": "object"}, question, "tools")
+    made = cut(text, limit)
+    if made.reason == "stop" and not named:
+        return Choice(made.tokens, "tool_calls", function.name)
+    return Choice(made.tokens, made.reason, function.name)
+
+
+def call_id(key: str) -> str:
+    """The id of a function's call."""
+    return f"call_{key[:24]}"

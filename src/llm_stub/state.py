@@ -1,0 +1,34 @@
+"""What the stub knows while it runs: one object that all routes share."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from .capacity import Capacity
+from .journal import Journal
+from .limits import Limits
+from .plan import Tries
+from .settings import Settings
+
+
+@dataclass
+class State:
+    """The settings, and what follows from them and from earlier calls."""
+
+    settings: Settings = field(default_factory=Settings)
+    journal: Journal = field(default_factory=Journal)
+    limits: Limits = field(default_factory=Limits)
+    capacity: Capacity = field(default_factory=Capacity)
+    tries: Tries = field(default_factory=Tries)
+
+    def change(self, changes: dict[str, Any]) -> None:
+        """Change settings; raises ValueError, and changes nothing, for a bad one."""
+        changed = self.settings.changed(changes)
+        if changed == self.settings:
+            return
+        self.settings = changed
+        # Calls that have started keep the limits that they started with.
+        self.limits = copy.copy(self.limits)
+        self.limits.change(changed, self.journal.now())
+        self.capacity.change(changed.capacity)
+        self.tries.clear()
