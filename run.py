@@ -1,17 +1,17 @@
-"""The one door to this project.
+"""Command line of this project: lab, test, notebooks, bench.
 
     python run.py lab        open the notebooks in JupyterLab
-    python run.py test       prove everything: style, types, tests, notebooks
+    python run.py test       run every check: style, types, tests, notebooks
     python run.py notebooks  execute the notebooks and store their outputs
-    python run.py bench      measure: all ways; `bench bounds`, `bench provider`
+    python run.py bench      compare all ways; also `bench bounds`, `bench stub`
 
-Each sets up `.venv` first: once, and again when requirements.lock changes.
-Further words go to the tool behind: `python run.py lab --no-browser`,
+Each command sets up `.venv` first: once, and again when requirements.lock changes.
+Further arguments are passed to the tool: `python run.py lab --no-browser`,
 `python run.py test -k timeline`, `python run.py notebooks 01_make_one_call`,
 `python run.py bench --help`.
 """
-# Standard library only, and no syntax newer than Python 3.6, so that an old
-# Python can read this file and be told that it is too old.
+# Standard library only, and no syntax newer than Python 3.6, so that an old Python
+# can read this file and say that it is too old.
 
 import base64
 import hashlib
@@ -30,12 +30,12 @@ BENCHMARKS = ROOT / "benchmarks"
 LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-PICTURE = NOTEBOOKS / "timelines.png"  # what README.md shows
-STAMP = VENV / "installed.txt"  # what the environment was made from
+PICTURE = NOTEBOOKS / "timelines.png"  # the picture in README.md
+STAMP = VENV / "installed.txt"  # what .venv was made from
 
 
 def fail(sentence: str) -> NoReturn:
-    """Say what is wrong and what to do, and leave with exit code 2."""
+    """Print what is wrong and what to do, and exit with code 2."""
     print("run.py: " + sentence, file=sys.stderr)
     sys.exit(2)
 
@@ -49,18 +49,18 @@ def call(*words: object, environment: Optional[Mapping[str, str]] = None) -> int
     while True:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the command was interrupted too: let it end
+        except KeyboardInterrupt:  # the command gets the interrupt too: let it end
             pass
 
 
 def set_up() -> None:
-    """Make `.venv` hold exactly what requirements.lock names."""
+    """Install exactly what requirements.lock lists into `.venv`."""
     wanted = "python {}.{}, lock {}\n".format(
         *sys.version_info[:2], hashlib.sha256(LOCK.read_bytes()).hexdigest()
     )
     if STAMP.exists() and PYTHON.exists() and STAMP.read_text() == wanted:
         return
-    print("Setting up .venv, once; this takes a minute or two.", flush=True)
+    print("Setting up .venv. This happens once and takes a minute or two.", flush=True)
     uv = shutil.which("uv")
     if uv:
         make = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, VENV]
@@ -71,16 +71,16 @@ def set_up() -> None:
         pip += ["--disable-pip-version-check"]
     if call(*make):
         fail(
-            "could not make the virtual environment {}. On Debian and Ubuntu "
-            "the package python3-venv is needed.".format(VENV)
+            "could not make the virtual environment {}. On Debian and Ubuntu, "
+            "install the package python3-venv first.".format(VENV)
         )
     locked = pip + ["--require-hashes", "-r", LOCK]
     ours = pip + ["--no-deps", "--no-build-isolation", "-e", ROOT]
     if call(*locked) or call(*ours):
         fail(
-            "could not install the packages of requirements.lock; the reason "
-            "stands above. The first run needs the network, or a package index "
-            "that pip is set up to reach. Then run the same command again."
+            "could not install the packages in requirements.lock; see the error "
+            "above. The first run needs the network, or a package index that pip "
+            "is configured to use. Fix that and run the same command again."
         )
     STAMP.write_text(wanted)
 
@@ -90,17 +90,17 @@ def lab(*words: str) -> int:
     options = [
         "--ServerApp.root_dir={}".format(NOTEBOOKS),
         "--LabApp.default_url=/lab/tree/00_start_here.ipynb",
-        # Ask nothing of the network: no check for updates, no news.
+        # Use no network: no check for updates, no news.
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.app_settings_dir={}".format(ROOT / ".jupyter"),
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        options.append("--allow-root")  # in a container there is no other user
+        options.append("--allow-root")  # containers usually run as root
     return call(PYTHON, "-m", "jupyterlab", *options, *words)
 
 
 def test(*words: str) -> int:
-    """Prove everything; the first tool that finds something ends the run."""
+    """Run every check; stop at the first tool that fails."""
     steps = [
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
@@ -116,11 +116,11 @@ def test(*words: str) -> int:
 
 
 def notebooks(*names: str) -> int:
-    """Execute all notebooks, or the ones named, and store their outputs."""
+    """Execute all notebooks, or those named, and store their outputs."""
     paths = [NOTEBOOKS / (Path(name).stem + ".ipynb") for name in names]
     for path in paths:
         if not path.exists():
-            fail("there is no notebook {}.".format(path.relative_to(ROOT)))
+            fail("no such notebook: {}.".format(path.relative_to(ROOT)))
     options = [
         "--to=notebook",
         "--execute",
@@ -128,7 +128,7 @@ def notebooks(*names: str) -> int:
         "--ExecutePreprocessor.timeout=120",
         "--ExecutePreprocessor.record_timing=False",
         "--ExecutePreprocessor.store_widget_state=False",
-        # Of the notebook's own metadata, keep what no machine changes.
+        # Keep only the metadata that is the same on every machine.
         "--ClearMetadataPreprocessor.enabled=True",
         "--ClearMetadataPreprocessor.clear_cell_metadata=False",
         "--ClearMetadataPreprocessor.preserve_nb_metadata_mask="
@@ -144,7 +144,7 @@ def notebooks(*names: str) -> int:
 
 
 def drop_widget_views(notebook: Path) -> None:
-    """Take out what only a running kernel could show, with its random names."""
+    """Remove what only a running kernel could show, with its random names."""
     content = json.loads(notebook.read_text("utf-8"))
     for cell in content["cells"]:
         for output in cell.get("outputs", []):
@@ -154,17 +154,21 @@ def drop_widget_views(notebook: Path) -> None:
 
 
 def bench(*words: str) -> int:
-    """Run the benchmark that the first word names, or else the scoreboard."""
+    """Run the benchmark named by the first argument, by default the scoreboard."""
     known = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py"))
     if not words or words[0].startswith("-"):
         words = ("scoreboard",) + words
     if words[0] not in known:
-        fail("wanted bench {}; got {!r}.".format(" or ".join(known), words[0]))
+        fail(
+            "unknown benchmark {!r}. Choose from: {}.".format(
+                words[0], ", ".join(known)
+            )
+        )
     return call(PYTHON, BENCHMARKS / (words[0] + ".py"), *words[1:])
 
 
 def last_picture(notebook: Path) -> bytes:
-    """The last PNG among a notebook's stored outputs: the one in the README."""
+    """The last PNG in a notebook's stored outputs: the picture in the README."""
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pictures = [
@@ -179,7 +183,7 @@ COMMANDS = {"lab": lab, "test": test, "notebooks": notebooks, "bench": bench}
 
 
 def main(words: "list[str]") -> int:
-    """Do what the words say; return the exit code."""
+    """Run the command; return its exit code."""
     if sys.version_info < (3, 11):
         fail(
             "this project needs Python 3.11 or newer, and this is Python {}.{}. "
@@ -189,8 +193,8 @@ def main(words: "list[str]") -> int:
         )
     if not words or words[0] not in COMMANDS:
         print(__doc__)
-        found = "no word" if not words else repr(words[0])
-        fail("wanted one of {}; got {}.".format(", ".join(COMMANDS), found))
+        problem = "unknown command {!r}".format(words[0]) if words else "no command"
+        fail("{}. Choose from: {}.".format(problem, ", ".join(COMMANDS)))
     set_up()
     return COMMANDS[words[0]](*words[1:])
 

@@ -1,8 +1,8 @@
-"""What a long job holds at a time: python run.py bench bounds
+"""Memory and tasks of a long job: python run.py bench bounds
 
-The three ways of lesson 05 (workers on a queue, a semaphore, no bound), taken
-from the notebook's own cells and run with more prompts than a lesson has time
-for. Each run has a process and a provider of its own.
+Runs the three ways of lesson 05 (workers on a queue, a semaphore, no limit) with
+more prompts than the lesson has time for. The code comes from the notebook's own
+cells. Each run has its own process and its own stub.
 """
 
 import argparse
@@ -22,18 +22,18 @@ WAYS = ["workers", "with_semaphore", "unbounded"]
 
 
 def main() -> int:
-    """Measure, and print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(prog="python run.py bench bounds")
     parser.add_argument("prompts", type=int, nargs="*", default=[100, 1000, 10_000])
     numbers = parser.parse_args().prompts
-    print("| way | prompts | answers | tasks | thousand blocks | seconds |")
+    print("| way | prompts | answers | peak tasks | peak blocks, 1000s | seconds |")
     print("|---|---|---|---|---|---|")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as processes:
         for way in WAYS:
             for number in numbers:
-                done = processes.submit(measured, way, number)
-                seconds, tasks, blocks, answers = done.result()
+                future = processes.submit(measure, way, number)
+                seconds, tasks, blocks, answers = future.result()
                 print(
                     f"| {way} | {number:,} | {answers:,} | {tasks:,} "
                     f"| {blocks:.1f} | {seconds:.1f} |",
@@ -42,20 +42,23 @@ def main() -> int:
     return 0
 
 
-def measured(way: str, number: int) -> tuple[float, int, float, int]:
-    """Seconds, most tasks alive, most blocks in thousands, and answers."""
+Result = tuple[float, int, float, int]
+
+
+def measure(way: str, number: int) -> Result:
+    """Return seconds, peak tasks, peak memory blocks in thousands, and answers."""
     connect(first_token=0.05, per_token=0, jitter=0)
-    lesson = lessons_cells()
+    lesson = load_lesson()
 
-    async def both() -> tuple[float, int, float, int]:
-        await lesson["run"](lesson["workers"], 100)  # loads what is loaded once
-        found: tuple[float, int, float, int] = await lesson["run"](lesson[way], number)
-        return found
+    async def warm_up_and_run() -> Result:
+        await lesson["run"](lesson["workers"], 100)  # loads what the first call loads
+        result: Result = await lesson["run"](lesson[way], number)
+        return result
 
-    return asyncio.run(both())
+    return asyncio.run(warm_up_and_run())
 
 
-def lessons_cells() -> dict[str, Any]:
+def load_lesson() -> dict[str, Any]:
     """The names that the lesson's cells with the tag `bounds` define."""
     names: dict[str, Any] = {"asyncio": asyncio, "ChatOpenAI": ChatOpenAI}
     for cell in nbformat.read(LESSON, as_version=4).cells:

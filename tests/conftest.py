@@ -1,6 +1,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -11,13 +12,13 @@ from jupyter_client.manager import KernelManager
 from openai import DefaultHttpxClient, OpenAI
 from xdist.scheduler import LoadFileScheduling
 
-from helpers import connect, connection
-from helpers.connection import Provider
+from helpers import connect
+from helpers.connection import Provider, ProviderError, current
 from llm_stub.settings import Settings
 
-# Files that mostly wait, the longest first. Begun last, they would keep one
-# worker busy when the others have ended.
-LONG = [
+# Slow files, slowest first. They start first, so that no worker is left running
+# a slow file alone after the others have finished.
+SLOW_FILES = [
     "test_lab.py",
     "test_panel.py",
     "04_choose_threads_or_asyncio.ipynb",
@@ -27,25 +28,26 @@ LONG = [
     "test_cluster.py",
     "test_durable_job.py",
     "test_bench.py",
-    "test_batch_lesson.py",
+    "test_batch.py",
 ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long files, then the other notebooks, then the rest."""
+    """Run the slow files first, then the other notebooks, then the rest."""
 
-    def place(item: pytest.Item) -> int:
-        if item.path.name in LONG:
-            return LONG.index(item.path.name)
-        return len(LONG) + (item.path.suffix != ".ipynb")
+    def rank(item: pytest.Item) -> int:
+        if item.path.name in SLOW_FILES:
+            return SLOW_FILES.index(item.path.name)
+        return len(SLOW_FILES) + (item.path.suffix != ".ipynb")
 
-    items.sort(key=place)
+    items.sort(key=rank)
 
 
-class Parted(LoadFileScheduling):
-    """A file's tests in one worker, but for Run All: the longest file by far.
+class LoadFileExceptRunAll(LoadFileScheduling):
+    """Keeps each file's tests in one worker, except those of test_run_all.py.
 
-    Its tests share nothing, so each goes to whoever is free.
+    It is by far the slowest file and its tests share nothing, so each of them
+    goes to the next free worker.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -53,25 +55,28 @@ class Parted(LoadFileScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
-    return Parted(config, log)
+    return LoadFileExceptRunAll(config, log)
 
 
 class SocketKernelManager(KernelManager):
-    """Speaks with its kernel over socket files, not over ports.
+    """Talks to its kernel over Unix sockets instead of TCP ports.
 
-    Jupyter looks for five free ports and the kernel binds them a second later;
-    by then another test may have one of them, and the kernel dies.
+    Jupyter picks five free ports, but the kernel binds them only a second later.
+    If another test has taken one of them by then, the kernel dies.
     """
 
     def __init__(self, **options: Any) -> None:
-        # Removed with the manager; a child that still writes there must not fail it.
+        # Removed with the manager, even if a child process is still writing there.
         self.folder = TemporaryDirectory(ignore_cleanup_errors=True)
         super().__init__(transport="ipc", ip=f"{self.folder.name}/kernel", **options)
 
     def start_kernel(
         self, *, env: Mapping[str, str] = os.environ, **options: Any
     ) -> None:
-        """A killed kernel leaves its temporary files: they go with the folder."""
+        """Start the kernel with this folder as TMPDIR.
+
+        A killed kernel can't remove its temporary files, so we remove the folder.
+        """
         super().start_kernel(env={**env, "TMPDIR": self.folder.name}, **options)
 
 
@@ -84,15 +89,15 @@ def kernel_manager() -> type[KernelManager]:
 
 
 @pytest.fixture(scope="session")
-def stopped_at_the_end() -> Iterator[None]:
+def stop_stub_at_exit() -> Iterator[None]:
     yield
-    if connection._current is not None:
-        connection._current.stop()
+    with suppress(ProviderError):  # no test has called connect()
+        current().stop()
 
 
 @pytest.fixture
-def provider(stopped_at_the_end: None) -> Iterator[Provider]:
-    """A provider process with default settings and an empty journal."""
+def provider(stop_stub_at_exit: None) -> Iterator[Provider]:
+    """A running stub with default settings and an empty journal."""
     with mock.patch.dict(os.environ):
         os.environ.pop("LLM_PROVIDER_URL", None)
         provider = connect(**Settings().model_dump())
@@ -103,20 +108,20 @@ def provider(stopped_at_the_end: None) -> Iterator[Provider]:
 
 @pytest.fixture(scope="session")
 def connections() -> Iterator[DefaultHttpxClient]:
-    # Shared, as each would load all certificates anew: 50 ms a test.
+    # Shared, because each client loads all certificates: 50 ms per test.
     with DefaultHttpxClient() as connections:
         yield connections
 
 
 @pytest.fixture
 def client(provider: Provider, connections: DefaultHttpxClient) -> OpenAI:
-    """The SDK's own client, as `OpenAI()` gives it, without retries."""
+    """The SDK's own client, without retries."""
     return OpenAI(max_retries=0, http_client=connections)
 
 
 @pytest.fixture
 def until_in_flight(provider: Provider) -> Callable[[int], None]:
-    """Wait until so many calls are in flight."""
+    """Wait until exactly this many calls are in flight."""
 
     def wait(calls: int) -> None:
         deadline = time.monotonic() + 10

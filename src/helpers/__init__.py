@@ -1,10 +1,10 @@
-"""What a notebook imports: a provider to talk to, and an eye on it.
+"""What a notebook imports: a stub of OpenAI to call, and timelines of the calls.
 
     from helpers import connect, Timeline, check
     provider = connect()
 
-`connect` starts a local server that plays OpenAI and points the OpenAI
-clients of this process at it. `Timeline` shows what that server saw. `check`
+`connect` starts a local server that plays OpenAI, the stub, and points the
+OpenAI clients of this process at it. `Timeline` shows what the stub saw. `check`
 turns a claim into a test.
 """
 

@@ -1,4 +1,4 @@
-"""A claim that is checked where it is made."""
+"""Claims that are checked where they are made."""
 
 import ast
 import sys
@@ -9,12 +9,12 @@ from executing import Source
 
 
 def check(claim: str, holds: bool) -> None:
-    """Print the claim with a tick, or raise with the figures it rests on.
+    """Print the claim with a tick, or raise an error that shows the figures.
 
         check("two calls were in flight at once", run.peak_in_flight == 2)
 
-    Raises AssertionError where `holds` is false; its message gives the
-    condition as written and the value of each name and item in it.
+    Raises AssertionError if `holds` is false. Its message contains the condition
+    as written, and the value of each name and item in it.
     """
     if holds:
         print(f"✓ {claim}")
@@ -23,17 +23,17 @@ def check(claim: str, holds: bool) -> None:
 
 
 def _figures(caller: FrameType) -> str:
-    """The condition that the caller wrote, and the plain values in it."""
+    """The condition that the caller wrote, and the values in it."""
     call = Source.executing(caller).node
     if not isinstance(call, ast.Call):
         return ""
     condition = [*call.args, *(keyword.value for keyword in call.keywords)][1]
-    lines = [f"\n  not so: {ast.unparse(condition)}"]
+    lines = [f"\n  not true: {ast.unparse(condition)}"]
     for node in ast.walk(condition):
         counted = isinstance(node, ast.Call) and ast.unparse(node.func) == "len"
         if counted or isinstance(node, ast.Name | ast.Attribute | ast.Subscript):
             source = ast.unparse(node)
-            with suppress(Exception):  # a name of an inner scope: nothing to show
+            with suppress(Exception):  # a name of an inner scope has no value here
                 value = eval(source, caller.f_globals, caller.f_locals)
                 if isinstance(value, int | float | str):
                     lines.append(f"\n  {source} = {value!r}")

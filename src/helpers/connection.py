@@ -1,4 +1,4 @@
-"""Start, find and stop the provider, and point the OpenAI clients at it."""
+"""Start, find and stop the stub, and point the OpenAI clients at it."""
 
 import contextlib
 import http.client
@@ -12,17 +12,14 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-FILES_WANTED = 8192  # open files: one a connection, and macOS begins with 256
-ADDRESSES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # LangChain prefers the second
-NO_KEY = "stub"  # stands where a client wants a key and the server none
+from . import environment
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _current: "Provider | None" = None
-_reader: dict[str, str] = {}  # the addresses that the reader has set
 
 
 class ProviderError(RuntimeError):
-    """The provider could not be started, or does not answer."""
+    """The stub could not be started, or doesn't answer."""
 
 
 class Provider:
@@ -35,9 +32,9 @@ class Provider:
         *,
         live: bool = False,
     ) -> None:
-        self.url = url  # the OpenAI API stands under /v1
+        self.url = url  # the OpenAI API is under /v1
         self.live = live
-        self.wish: dict[str, str] = {}  # what live mode was started with
+        self.started_with: dict[str, str] = {}  # upstream and model of live mode
         self._process = process
         self._settings: dict[str, Any] = {}
 
@@ -52,17 +49,20 @@ class Provider:
 
     @property
     def exit_code(self) -> int | None:
-        """How the process ended; None while it runs or was not started here."""
+        """Exit code of the process; None if it runs or wasn't started here."""
         return self._process.poll() if self._process else None
 
     def configure(self, **settings: Any) -> dict[str, Any]:
-        """Change settings, see `connect`; returns all. ValueError for a bad one."""
+        """Change settings, see `connect`; returns all of them.
+
+        Raises ValueError for a setting that doesn't exist or is out of range.
+        """
         self._settings = self.ask("/_provider/config", "PATCH", settings)
         return dict(self._settings)
 
     @contextlib.contextmanager
     def behaving(self, **settings: Any) -> Iterator["Provider"]:
-        """Have other settings for the length of a `with` block.
+        """Change settings inside a `with` block.
 
         with provider.behaving(first_token=2):
             llm.invoke("Hello how are you?")
@@ -75,16 +75,16 @@ class Provider:
             self.configure(**{name: before[name] for name in settings})
 
     def stop(self) -> None:
-        """End the provider's process, if this process started it."""
+        """End the stub's process, if this process started it."""
         if self._process:
             self._process.terminate()
             self._process.wait()
 
     def ask(self, path: str, method: str = "GET", body: Any = None) -> Any:
-        """Send a control request; return the JSON that it answers.
+        """Send a control request; return the JSON of the response.
 
-        Raises ProviderError where the provider does not answer, and
-        ValueError where it refuses the request.
+        Raises ProviderError if the stub doesn't answer, and ValueError if it
+        rejects the request.
         """
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -92,109 +92,114 @@ class Provider:
             with _opener.open(request, timeout=10) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
-            if error.code != 400:  # another server's answer
-                raise ProviderError(self.lost(error)) from None
-            raise ValueError(f"refused: {json.load(error)['error']}") from None
+            if error.code != 400:  # another server is answering
+                raise ProviderError(self.explain_no_answer(error)) from None
+            raise ValueError(
+                f"The stub rejected the request: {json.load(error)['error']}"
+            ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ProviderError(self.lost(error)) from None
+            raise ProviderError(self.explain_no_answer(error)) from None
 
-    def lost(self, error: Exception | None = None) -> str:
-        """What to tell a reader whom the provider does not answer."""
-        if self._process:  # its socket may be closed a moment before its end
+    def explain_no_answer(self, error: Exception | None = None) -> str:
+        """Message for a stub that doesn't answer: what happened, and what to do."""
+        if self._process:  # its socket may close a moment before it has ended
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(1)
         if self.exit_code is not None:
             return (
-                f"The provider has ended (exit code {self.exit_code}). Run connect() "
+                f"The stub has ended (exit code {self.exit_code}). Run connect() "
                 "again: it starts a new one at the same address."
             )
-        return (
-            f"No provider answers at {self.url} ({error}). If LLM_PROVIDER_URL "
-            "is set, start one there (python -m llm_stub --port 8000) "
-            "or unset it; then run connect() again."
+        reason = getattr(error, "reason", None) or error
+        message = f"Can't reach the stub at {self.url} ({reason}). "
+        if self._process:
+            return message + "Restart the kernel, then run connect() again."
+        return message + (
+            "LLM_PROVIDER_URL points there. Start it with `python -m llm_stub --port "
+            "8000`, or unset LLM_PROVIDER_URL. Then run connect() again."
         )
 
 
 def connect(*, live: bool | None = None, **settings: Any) -> Provider:
-    """Start the provider and point this process's OpenAI clients at it.
+    """Start the stub and point the OpenAI clients of this process at it.
 
-    Call it before you build a client. A second call gives the same provider,
-    and starts it anew, at the same address, where it has ended. Where
-    LLM_PROVIDER_URL is set, the provider there is used.
+    Call it before you build a client. A second call returns the same stub, or
+    starts a new one at the same address if it has ended. If LLM_PROVIDER_URL is
+    set, `connect` uses the stub at that address.
 
     Settings, all optional: `first_token` and `per_token` (seconds), `jitter`
-    (0 to 1, by how much a prompt's latency may differ), `seed`, `models` (the
-    only model names that exist; None for any), and what else stands in
-    `llm_stub/behaviour.py`: limits, capacity, faults.
+    (0 to 1, how far the latency of a prompt may be above or below), `seed`,
+    `models` (the only model names that exist; None for any), and the limits,
+    capacity and faults in `llm_stub/settings.py`.
 
     With `live`, or LLM_LIVE=1 in the environment, calls are forwarded to the
-    server that OPENAI_BASE_URL names, or to OpenAI, with the key in
-    OPENAI_API_KEY and the model in LLM_MODEL, and refused past `max_calls`
-    and `max_tokens`.
+    server at OPENAI_BASE_URL, or to OpenAI, with the key from OPENAI_API_KEY and
+    the model from LLM_MODEL. They are refused once `max_calls` or `max_tokens`
+    is reached.
 
-    Raises ProviderError where it cannot be started or reached, ValueError for
-    a setting that does not exist or is out of range.
+    Raises ProviderError if the stub can't be started or reached, and ValueError
+    for a setting that doesn't exist or is out of range.
     """
     global _current
-    _raise_file_limit()
+    environment.raise_file_limit()
     if live is None:
-        live = os.environ.get("LLM_LIVE", "0") not in ("", "0")
+        live = environment.live_wanted()
     url = os.environ.get("LLM_PROVIDER_URL", "").rstrip("/")
     if url and live:
         raise ProviderError(
-            "Live mode starts a provider of its own: unset LLM_PROVIDER_URL, or "
-            "start the provider there with --live and leave LLM_LIVE out."
+            "Live mode starts a stub of its own, but LLM_PROVIDER_URL is set. Unset "
+            "it, or start the stub there with --live and unset LLM_LIVE."
         )
-    _note_addresses()
-    if live and not _reader and _no_key():
+    environment.remember_own_addresses(_current.url if _current else None)
+    own = environment.own_addresses
+    if live and not own and not environment.has_key():
         raise ProviderError(
             "Live mode calls OpenAI, and OPENAI_API_KEY is not set. Set it, or set "
-            "OPENAI_BASE_URL to a server that needs none, and start again."
+            "OPENAI_BASE_URL to a server that needs no key, and start again."
         )
-    wish = _reader | {"LLM_MODEL": os.environ.get("LLM_MODEL", "")} if live else {}
+    wanted = own | {"LLM_MODEL": os.environ.get("LLM_MODEL", "")} if live else {}
     if url:
         _current = Provider(url)
     elif _current is None or _current._process is None:
         _current = _start(None, live)
     elif (
-        _current.exit_code is not None or _current.live != live or _current.wish != wish
+        _current.exit_code is not None
+        or _current.live != live
+        or _current.started_with != wanted
     ):
         _current.stop()
         _current = _start(_current.url, live)
-    _current.wish = wish
+    _current.started_with = wanted
     _current.configure(**settings)
     if url:
         _current.live = bool(_current.ask("/_provider/stats")["live"])
-    _set_environment(_current.url)
-    _tell_when_it_ends()
+    environment.point_clients_at(_current.url)
+    _report_when_it_ends()
     return _current
 
 
 def current() -> Provider:
-    """The provider that `connect` gave last; ProviderError before the first."""
+    """The stub that `connect` returned last; ProviderError if there is none."""
     if _current is None:
-        raise ProviderError("There is no provider yet: run connect() first.")
+        raise ProviderError("There is no stub yet: run connect() first.")
     return _current
 
 
-def _start(earlier: str | None, live: bool) -> Provider:
-    """Start the process, at an earlier address where that is still free."""
-    # It has no use for the key: the clients send it with each call.
-    hidden = {*ADDRESSES, "OPENAI_API_KEY"}
-    environ = {name: text for name, text in os.environ.items() if name not in hidden}
-    port = earlier.rpartition(":")[2] if earlier else "0"
-    # A file: a pipe that nobody reads would fill. It goes with the process.
+def _start(earlier_url: str | None, live: bool) -> Provider:
+    """Start the process, at the earlier address if that is still free."""
+    port = earlier_url.rpartition(":")[2] if earlier_url else "0"
+    # A file, because a pipe that nobody reads would fill up.
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, "-m", "llm_stub", "--port", port]
         + ["--parent", str(os.getpid())]
         + ["--live"] * live,
-        env=environ | _reader,
+        env=environment.for_stub_process(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        # A session of its own: Jupyter's Interrupt must not reach it.
+        # Its own process session, so that Jupyter's Interrupt doesn't reach it.
         start_new_session=True,
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )
@@ -203,65 +208,23 @@ def _start(earlier: str | None, live: bool) -> Provider:
     if ready:
         return Provider(json.loads(ready)["url"], process, live=live)
     process.wait()
-    if earlier:
+    if earlier_url:
         return _start(None, live)
     errors.seek(0)
     raise ProviderError(
-        f"The provider could not be started (exit code {process.returncode}). "
+        f"The stub could not be started (exit code {process.returncode}). "
         f"It said: {errors.read().strip() or 'nothing'}"
     )
 
 
-def _note_addresses() -> None:
-    """Remember the addresses that the reader set, before they are replaced."""
-    ours = f"{_current.url}/v1" if _current else None
-    if any(os.environ.get(name) != ours for name in ADDRESSES):
-        found = {name: os.environ.get(name, "") for name in ADDRESSES}
-        _reader.clear()
-        theirs = {name: url for name, url in found.items() if url not in ("", ours)}
-        _reader.update(theirs)
-
-
-def _no_key() -> bool:
-    return os.environ.get("OPENAI_API_KEY", "") in ("", NO_KEY)
-
-
-def _set_environment(url: str) -> None:
-    """Set what the OpenAI clients, LangChain and their HTTP library read."""
-    environ = os.environ
-    for name in ADDRESSES:
-        environ[name] = f"{url}/v1"
-    environ["OPENAI_API_KEY"] = environ.get("OPENAI_API_KEY") or NO_KEY
-    environ.setdefault("LANGSMITH_TRACING", "false")
-    if not urllib.request.getproxies():
-        return  # and no NO_PROXY: LangChain would warn of a proxy set-up
-    # Where both are set, the clients read the second name only.
-    listed = environ.get("no_proxy", environ.get("NO_PROXY", ""))
-    hosts = [host.strip() for host in listed.split(",") if host.strip()]
-    if "*" not in hosts:
-        hosts += sorted({"127.0.0.1", "localhost"}.difference(hosts))
-    environ["NO_PROXY"] = environ["no_proxy"] = ",".join(hosts)
-
-
-def _raise_file_limit() -> None:
-    """Let this process open enough sockets for the larger lessons."""
-    if sys.platform != "win32":
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < FILES_WANTED:  # below 0: as many as wanted
-            wanted = min(hard, FILES_WANTED) if hard >= 0 else FILES_WANTED
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _tell_when_it_ends() -> None:
-    """In a notebook, say under a cell that the provider is no longer there."""
+def _report_when_it_ends() -> None:
+    """In a notebook, say below a cell that the stub has ended."""
     ipython = sys.modules.get("IPython")  # a script has none, and needs none
     shell = ipython.get_ipython() if ipython else None
-    if shell and _notice not in shell.events.callbacks["post_run_cell"]:
-        shell.events.register("post_run_cell", _notice)
+    if shell and _report not in shell.events.callbacks["post_run_cell"]:
+        shell.events.register("post_run_cell", _report)
 
 
-def _notice(result: object) -> None:
+def _report(result: object) -> None:
     if _current is not None and _current.exit_code is not None:
-        print(_current.lost(), file=sys.stderr)
+        print(_current.explain_no_answer(), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Timelines as a picture: PNG, because every viewer of notebooks shows it."""
+"""Draw timelines as PNG, the format that every notebook viewer shows."""
 
 import io
 import warnings
@@ -15,14 +15,14 @@ from matplotlib.patheffects import withStroke
 if TYPE_CHECKING:
     from .timeline import Attempt, Timeline
 
-WIDTH, DPI = 9.0, 110  # inches; dots an inch
-LANE = 0.24  # inches of height for a lane, as long as there are few
-MOST = 3.6  # inches of height for all lanes of one run
-LABELLED = 14  # more lanes than these are too thin for labels
-LETTER = 0.066  # inches of width for a letter of a label
-TITLE, LEGEND = 0.3, 0.5  # inches above each run, and below the last
+WIDTH, DPI = 9.0, 110  # inches; dots per inch
+LANE_HEIGHT = 0.24  # inches, if there are few lanes
+MAX_HEIGHT = 3.6  # inches for all lanes of one run
+MAX_LABELLED_LANES = 14  # with more, lanes are too thin for labels
+LETTER_WIDTH = 0.066  # inches
+TITLE_HEIGHT, LEGEND_HEIGHT = 0.3, 0.5  # inches above each run, below the last
 
-# Okabe and Ito's colours; a state is told by hatch and mark as well.
+# Okabe and Ito's colours. Hatches and marks tell the states apart as well.
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 WAITING, RECEIVING = "waiting for the first byte", "receiving"
 STYLES: dict[str, dict[str, Any]] = {
@@ -37,18 +37,18 @@ MARKED = {style[:-2]: style for style in list(STYLES)[2:]}  # by state
 
 @matplotlib.rc_context({"text.parse_math": False, "hatch.linewidth": 0.5})
 def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
-    """The runs under one another on one time axis, as a PNG file."""
+    """A PNG file of the runs, one below the other on one time axis."""
     lanes = [run.lanes for run in runs]
-    heights = [min(LANE * max(len(each), 1.4), MOST) for each in lanes]
+    heights = [min(LANE_HEIGHT * max(len(each), 1.4), MAX_HEIGHT) for each in lanes]
     above = 0.17 * (table.count("\n") + 2) if table else 0.0
-    height = above + sum(heights) + TITLE * len(runs) + LEGEND
+    height = above + sum(heights) + TITLE_HEIGHT * len(runs) + LEGEND_HEIGHT
     seconds = max(max(run.wall for run in runs), 0.001)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     figure.text(0.02, 1 - 0.1 / height, table, va="top", family="monospace", size=8.5)
     used: set[str] = set()
     y = height - above
     for run, run_lanes, tall in zip(runs, lanes, heights, strict=True):
-        y -= TITLE + tall
+        y -= TITLE_HEIGHT + tall
         axes = figure.add_axes((0.02, y / height, 0.96, tall / height))
         used |= _draw(axes, run_lanes, seconds)
         axes.set_title(run.name if table else run.sentence, loc="left", size=9, pad=4)
@@ -57,17 +57,19 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
     key = [Patch(label=name, **STYLES[name]) for name in STYLES if name in used]
     figure.legend(handles=key, loc="lower right", ncols=5, frameon=False, fontsize=8)
     file = io.BytesIO()
-    with warnings.catch_warnings():  # a script that the font lacks shows as boxes
+    with warnings.catch_warnings():  # characters that the font lacks show as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(file, format="png")
     return file.getvalue()
 
 
 def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
-    """One run's lanes, the first on top; returns the styles that it used."""
+    """Draw the lanes of one run, the first at the top; return the styles used."""
     bars: dict[str, list[list[tuple[float, float]]]] = {}
-    thin = len(lanes) > LABELLED
-    half, width = (0.5, 0.3) if thin else (0.4, 0.8)  # half a bar's height; its edge
+    thin = len(lanes) > MAX_LABELLED_LANES
+    half, width = (
+        (0.5, 0.3) if thin else (0.4, 0.8)
+    )  # of a bar: half its height, its edge
     for row, lane in enumerate(lanes):
         for attempt in lane:
             start, first, end = attempt.arrival, attempt.first_byte, attempt.end
@@ -88,10 +90,10 @@ def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
 
 
 def _label(axes: Axes, row: int, attempt: "Attempt", seconds: float) -> None:
-    """The prompt's first words in the bar, as many as it has room for."""
+    """Write the start of the prompt in the bar, as much as there is room for."""
     mark = MARKED.get(attempt.state, "")[-1:]
     text = f"{mark} {attempt.label}".strip()
-    room = int((attempt.end - attempt.arrival) / seconds * WIDTH / LETTER) - 3
+    room = int((attempt.end - attempt.arrival) / seconds * WIDTH / LETTER_WIDTH) - 3
     if room < 4:
         return
     if len(text) > room:

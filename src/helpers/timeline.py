@@ -1,4 +1,4 @@
-"""What the provider saw of a piece of code: numbers, a picture, a text.
+"""What the stub saw while a piece of code ran: numbers, a picture, a text.
 
 with Timeline("two threads") as run:
     ...
@@ -14,42 +14,42 @@ from typing import Any, Self
 
 from .connection import ProviderError, current
 
-SETTLE = 0.25  # seconds that the provider may take to see a call's end
+SETTLE = 0.25  # seconds that the stub may take to notice the end of a call
 REDRAW = 0.1  # seconds between two redraws of a live timeline
-COLUMNS = 48  # characters of a bar in the text
-ROWS = 20  # bars in the text; of more, the first are shown
+COLUMNS = 48  # characters per bar in the text
+ROWS = 20  # bars in the text; the rest are left out
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One HTTP attempt; times are seconds from the run's start."""
+    """One HTTP attempt; times are in seconds since the run started."""
 
     prompt: str
-    attempt: int  # 1, or more for a client's own retries
+    attempt: int  # 1; higher for a client's own retries
     state: str  # answered, failed, cancelled (the client hung up) or in flight
     arrival: float
-    first_byte: float  # where none came: the end
-    end: float  # where it is still in flight: the run's end
+    first_byte: float  # the end if there was none
+    end: float  # the end of the run if it is still in flight
 
     @property
     def label(self) -> str:
-        """The prompt on one line, with the retry's number before it."""
+        """The prompt on one line, after the number of the retry."""
         retry = f"(retry {self.attempt - 1}) " if self.attempt > 1 else ""
         return retry + " ".join(self.prompt.split())
 
 
 class Timeline:
-    """A `with` block around calls; afterwards, what the provider saw of them.
+    """A `with` block around calls; afterwards, what the stub saw of them.
 
-    Last in a cell it draws itself; with `live=True` also while the block runs,
-    ten times a second. Raises ProviderError where there is no provider, or its
-    journal does not hold the whole run.
+    It draws itself as the last expression of a cell and, with `live=True`, ten
+    times a second while the block runs. Raises ProviderError if there is no stub
+    or if its journal doesn't contain the whole run.
     """
 
     def __init__(self, name: str, *, live: bool = False) -> None:
         self.name = name
         self.journal: list[Attempt] = []  # in order of arrival
-        self.wall = 0.0  # seconds from the block's start to its end
+        self.wall = 0.0  # seconds that the block took
         self._live = live
 
     @property
@@ -59,42 +59,42 @@ class Timeline:
 
     @property
     def calls(self) -> int:
-        """Attempts that were not a retry."""
+        """Attempts that weren't retries."""
         return sum(attempt.attempt == 1 for attempt in self.journal)
 
     @property
     def retried(self) -> int:
-        """Attempts that were a client's own retry."""
+        """Attempts that were a client's own retries."""
         return self.attempts - self.calls
 
     @property
     def failed(self) -> int:
-        """Attempts that were answered with an error."""
+        """Attempts that got an error or a broken response."""
         return sum(attempt.state == "failed" for attempt in self.journal)
 
     @property
     def cancelled(self) -> int:
-        """Attempts whose client hung up before it had the whole answer."""
+        """Attempts whose client hung up before it got the whole answer."""
         return sum(attempt.state == "cancelled" for attempt in self.journal)
 
     @property
     def waits(self) -> float:
-        """The seconds that the attempts took, added up."""
+        """The total of the seconds that each attempt took."""
         return sum(attempt.end - attempt.arrival for attempt in self.journal)
 
     @property
     def overlap(self) -> float:
-        """The waits, added up, over the wall time: 1 where one follows another."""
+        """The total of the waits, divided by the wall time: 1 if they don't overlap."""
         return self.waits / self.wall if self.wall else 0.0
 
     @property
     def peak_in_flight(self) -> int:
-        """The most attempts that were in flight at one moment."""
+        """The highest number of attempts in flight at the same moment."""
         return len(self.lanes)
 
     @property
     def lanes(self) -> list[list[Attempt]]:
-        """The attempts packed into as few lanes as hold them side by side."""
+        """The attempts, packed into as few lanes as possible without overlaps."""
         lanes: list[list[Attempt]] = []
         ends: list[tuple[float, int]] = []  # a heap: when each lane is free again
         for attempt in self.journal:
@@ -109,7 +109,7 @@ class Timeline:
 
     @property
     def sentence(self) -> str:
-        """What the picture says, in one sentence."""
+        """What the picture shows, in one sentence."""
         counts = "1 call" if self.calls == 1 else f"{self.calls} calls"
         for word in ("retried", "failed", "cancelled"):
             counts += f", {getattr(self, word)} {word}" if getattr(self, word) else ""
@@ -138,13 +138,13 @@ class Timeline:
         try:
             self._read(settle=SETTLE)
         except ProviderError:
-            if error is None:  # the block's own error says more
+            if error is None:  # the block's own error is more helpful
                 raise
         if self._live:
             self._handle.update(self)
 
     def _show(self) -> None:
-        """Draw while the block runs, as text: a picture would cost too much."""
+        """Draw while the block runs, as text: a picture would take too long."""
         from IPython.display import display
 
         def frame() -> dict[str, str]:
@@ -152,7 +152,7 @@ class Timeline:
             return {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
 
         def redraw() -> None:
-            with contextlib.suppress(ProviderError):  # the block's end will say so
+            with contextlib.suppress(ProviderError):  # reported when the block ends
                 while not self._ended.wait(REDRAW):
                     self._read()
                     self._handle.update(frame(), raw=True)
@@ -169,20 +169,21 @@ class Timeline:
         return "\n".join([self.sentence, *_bars(self)])
 
     def _repr_png_(self) -> bytes:
-        from .drawing import png  # only now: a run must not pay for matplotlib
+        from .drawing import png  # imported late, so that runs don't pay for matplotlib
 
         return png([self])
 
     def _read(self, settle: float = 0) -> None:
-        """Take in what the journal holds of this run so far."""
+        """Read what the journal contains of this run so far."""
         query = f"since={self._since}&settle={settle}"
         page = self._provider.ask(f"/_provider/journal?{query}")
-        if self._provider.exit_code is not None:  # a new one has its address
-            raise ProviderError(self._provider.lost())
+        if self._provider.exit_code is not None:  # another stub has its address now
+            raise ProviderError(self._provider.explain_no_answer())
         if page["dropped"]:
             raise ProviderError(
-                f"{page['dropped']} attempts of {self.name!r} are gone from the journal"
-                ": it was reset, or keeps less than this. Time fewer calls in one run."
+                f"The journal no longer contains {page['dropped']} attempts of "
+                f"{self.name!r}: it was reset, or the run has more attempts than it "
+                "keeps. Time fewer calls in one run."
             )
         self.wall = page["now"] - self._start
         self.journal = []
@@ -197,7 +198,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs, drawn on one time axis under a table of their figures."""
+    """Several runs on one time axis, below a table of their figures."""
 
     runs: tuple[Timeline, ...]
 
@@ -218,10 +219,10 @@ class Comparison:
 
 
 def _bars(run: Timeline) -> list[str]:
-    """One line a call: its prompt, a bar on the run's axis, its seconds.
+    """One line per call: its prompt, a bar on the time axis, its seconds.
 
-    In a bar, ░ is waiting for the first byte and █ receiving; the last sign
-    is × after an error, / where the client hung up, > still in flight.
+    In a bar, ░ means waiting for the first byte and █ receiving. The last sign
+    is × for an error, / if the client hung up, and > if it is still in flight.
     """
     wall = max(run.wall, 1e-9)
     marks = {"answered": "█", "failed": "×", "cancelled": "/", "in flight": ">"}

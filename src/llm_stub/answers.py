@@ -1,4 +1,4 @@
-"""What the stub says: texts from answers.toml, by prompt."""
+"""The stub's answers: texts from answers.toml, looked up by prompt."""
 
 import re
 import tomllib
@@ -7,18 +7,18 @@ from importlib.resources import files
 
 from .stable import digest, normal
 
-# A rough tokenizer, as no table can be fetched: up to six letters or digits,
-# or one other sign, with the white space before it.
+# A rough tokenizer, because real ones fetch their tables from the network. A token
+# is up to six letters or digits, or one other character, with the space before it.
 _TOKEN = re.compile(r"\s*(?:\w{1,6}|[^\w\s])|\s+\Z")
 
 
 def tokens(text: str) -> list[str]:
-    """The text cut into tokens; joined, they give the text again."""
+    """The tokens of the text; joined together, they are the text again."""
     return _tokens_of_answers().get(text) or _TOKEN.findall(text)
 
 
 def answer(prompt: str) -> str:
-    """The stub's answer; white space and case of the prompt do not matter."""
+    """The answer to a prompt; its case and white space don't matter."""
     key = normal(prompt)
     known = _texts().get(key)
     if known is not None:
@@ -39,5 +39,5 @@ def _texts() -> dict[str, str]:
 
 @cache
 def _tokens_of_answers() -> dict[str, list[str]]:
-    """The texts of the table, each cut once and not for every call."""
+    """The tokens of every text in the table, computed only once."""
     return {text: _TOKEN.findall(text) for text in _texts().values()}

@@ -135,7 +135,9 @@ class Batches:
         asked = read(Create, await request.read())
         file = self._files.find(asked.input_file_id)
         if file is None or file.purpose != "batch":
-            message = f"There is no file '{asked.input_file_id}' of purpose 'batch'."
+            message = (
+                f"No file '{asked.input_file_id}' with purpose 'batch': upload it."
+            )
             raise ApiError(400, message, "input_file_id", "invalid_value")
         id_ = f"batch_{digest(len(self._batches), file.id)[:32]}"
         batch = Batch(id_, asked, self._state.settings.batch_window)

@@ -1,6 +1,9 @@
 """The stub's own routes, under /_provider/: settings, journal, statistics."""
 
 import json
+import math
+from collections.abc import Callable
+from typing import TypeVar
 
 from aiohttp import web
 
@@ -8,6 +11,8 @@ from .live import Live
 from .state import State
 
 MAX_SETTLE = 3600  # seconds
+
+Number = TypeVar("Number", int, float)
 
 
 class Control:
@@ -24,8 +29,10 @@ class Control:
         """PATCH /_provider/config: change some settings; returns all."""
         try:
             changes = json.loads(await request.read())
-        except (RecursionError, web.RequestPayloadError) as error:
-            raise ValueError(str(error)) from None
+        except web.RequestPayloadError:
+            raise ValueError("the body could not be read or decompressed") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the body isn't valid JSON: {error}") from None
         if not isinstance(changes, dict):
             raise ValueError("the body must be a JSON object")
         self._state.change(changes)
@@ -33,10 +40,8 @@ class Control:
 
     async def get_journal(self, request: web.Request) -> web.Response:
         """GET /_provider/journal?since=N&settle=S: attempts from number N on."""
-        since = int(request.query.get("since", 0))
-        settle = float(request.query.get("settle", 0))
-        if since < 0 or not 0 <= settle <= MAX_SETTLE:
-            raise ValueError(f"settle must be 0 to {MAX_SETTLE}, since 0 or more")
+        since = _number(request, "since", int, math.inf)
+        settle = _number(request, "settle", float, MAX_SETTLE)
         return web.json_response(await self._state.journal.since(since, settle))
 
     async def get_stats(self, request: web.Request) -> web.Response:
@@ -48,3 +53,19 @@ class Control:
         """POST /_provider/reset: empty the journal and set the counts to zero."""
         self._state.journal.reset()
         return web.json_response(self._state.journal.stats())
+
+
+def _number(
+    request: web.Request, name: str, kind: Callable[[str], Number], maximum: float
+) -> Number:
+    """The query's parameter as a number from 0 to the maximum; by default 0."""
+    text = request.query.get(name, "0")
+    try:
+        number = kind(text)
+        if not 0 <= number <= maximum:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"{name}={text[:40]!r} must be a number from 0 to {maximum}"
+        ) from None
+    return number

@@ -51,12 +51,15 @@ class Files:
     async def upload(self, request: web.Request) -> web.Response:
         """POST /v1/files, multipart/form-data with `file` and `purpose`."""
         if request.content_type != "multipart/form-data":
-            raise ApiError(400, "The body must be multipart/form-data.")
+            message = (
+                f"The body must be multipart/form-data, not {request.content_type}."
+            )
+            raise ApiError(400, message)
         purpose, name, content = "", None, bytearray()
         try:
             async for part in await request.multipart():
                 if not isinstance(part, BodyPartReader):
-                    raise ValueError("it contains a form within a form")
+                    raise ValueError("nested forms aren't supported")
                 if part.name == "purpose":
                     purpose = await part.text()
                 elif part.name == "file":
@@ -141,7 +144,10 @@ def page(request: web.Request, bodies: list[Json], default_limit: int) -> web.Re
     except ValueError:
         limit = 0
     if limit < 1:
-        message = f"'{request.query['limit']}' is not a positive whole number."
+        message = (
+            f"Invalid value for 'limit': '{request.query['limit']}' isn't a positive "
+            "whole number."
+        )
         raise ApiError(400, message, "limit", "invalid_value")
     ids = [body["id"] for body in bodies]
     after = request.query.get("after")

@@ -81,9 +81,13 @@ class Live:
         if self._session:
             await self._session.close()
 
-    def not_forwarded(self, path: str) -> ApiError:
+    def not_forwarded(self, request: web.Request) -> ApiError:
         """404 for a route that live mode doesn't forward."""
-        message = f"Live mode does not forward {path}: its cap could not hold."
+        message = (
+            f"Live mode does not forward {request.method} {request.path}, because its "
+            "caps can't limit what that costs. It forwards completions, chats, "
+            "responses, embeddings, and GET /v1/models."
+        )
         return ApiError(404, message, code="not_forwarded")
 
     async def models(self, request: web.Request, entry: Attempt) -> web.StreamResponse:
@@ -92,7 +96,7 @@ class Live:
         Raises ApiError 502 or 504 if the upstream doesn't answer.
         """
         if ".." in request.path.split("/"):  # it could reach any route
-            raise self.not_forwarded(request.path)
+            raise self.not_forwarded(request)
         answer = await self.send(request, await request.read())
         return await self.relay(request, entry, answer)
 
@@ -169,8 +173,8 @@ class Live:
         ):
             if used + more > cap:
                 message = (
-                    f"Not sent: the cap {name}={cap} of live mode is reached ({used} "
-                    f"used, this call may take {more}). To raise it: "
+                    f"Not sent: this call could exceed the cap {name}={cap} of live "
+                    f"mode ({used} used, this call up to {more}). To raise the cap: "
                     f"connect(live=True, {name}=…)."
                 )
                 raise ApiError(403, message, name, "live_cap", kind="live_cap")
@@ -211,9 +215,9 @@ class Live:
                 request.method, url, data=body, headers=headers, allow_redirects=False
             )
         except ConnectionTimeoutError:
-            raise self._unreached(504, "no answer in time", UnreachedError) from None
+            raise self._unreached(504, "connection timed out", UnreachedError) from None
         except (InvalidURL, NonHttpUrlClientError):
-            raise self._unreached(502, "no address", UnreachedError) from None
+            raise self._unreached(502, "not a valid address", UnreachedError) from None
         except TimeoutError:
             raise self._unreached(504, "did not answer in time") from None
         except ClientConnectorError as error:
@@ -222,14 +226,19 @@ class Live:
             raise self._unreached(502, type(error).__name__) from None
         if "location" in answer.headers:  # a client would follow it, past the cap
             answer.close()
-            raise self._unreached(502, f"it redirects with status {answer.status}")
+            message = (
+                f"The upstream {self.where} redirects with status {answer.status}. "
+                "Live mode doesn't follow redirects: set OPENAI_BASE_URL to the final "
+                "address."
+            )
+            raise ApiError(502, message, code="upstream", kind="server_error")
         return answer
 
     def _unreached(
         self, status: int, why: str, kind: type[ApiError] = ApiError
     ) -> ApiError:
         message = (
-            f"The upstream {self.where} could not be reached or broke off ({why}). "
+            f"The upstream {self.where} can't be reached or didn't answer ({why}). "
             "Is it running, and is OPENAI_BASE_URL right?"
         )
         return kind(status, message, code="upstream", kind="server_error")

@@ -160,9 +160,10 @@ class Server:
         except Exception as error:
             if not control:
                 return error_response(self._api_error(request, error))
-            if not isinstance(error, ValueError):
+            if not isinstance(error, ValueError | web.HTTPException):
                 raise
-            return web.json_response({"error": str(error)}, status=400)
+            status = 400 if isinstance(error, ValueError) else error.status
+            return web.json_response({"error": str(error)}, status=status)
 
     def _api_error(self, request: web.Request, error: Exception) -> ApiError:
         """The API's error for an exception that a route raised."""
@@ -170,7 +171,7 @@ class Server:
             case ApiError():
                 return error
             case web.HTTPNotFound() | web.HTTPMethodNotAllowed() if self._live:
-                return self._live.not_forwarded(request.path)
+                return self._live.not_forwarded(request)
             case web.HTTPNotFound():
                 return errors.route_not_found(request.method, request.path)
             case web.HTTPMethodNotAllowed():
@@ -183,7 +184,9 @@ class Server:
                 return ApiError(400, "The body could not be read.")
         logging.error("%s %s", request.method, request.path, exc_info=error)
         return ApiError(
-            500, "The stub itself failed; its log says why.", kind="server_error"
+            500,
+            "The stub failed with an internal error; see its log.",
+            kind="server_error",
         )
 
     def _check_key(self, request: web.Request) -> None:

@@ -79,9 +79,7 @@ class Settings(BaseModel):
             return self.model_validate({**self.model_dump(), **changes})
         except ValidationError as error:
             problem = error.errors()[0]
-        name, reason = str((*problem["loc"], "a name")[0]), problem["msg"]
+        name, reason = str((*problem["loc"], "settings")[0]), problem["msg"]
         if problem["type"] == "extra_forbidden":
-            reason = "there is no such setting; the settings are " + ", ".join(
-                vars(self)
-            )
+            reason = "unknown setting; the settings are " + ", ".join(vars(self))
         raise ValueError(f"{name}={changes.get(name)!r}: {reason}")

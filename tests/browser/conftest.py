@@ -1,9 +1,9 @@
 """A real JupyterLab on a fresh copy of the project, and a real browser.
 
-The home folder holds nothing and JupyterLab keeps its default settings. The
-mouse and the keyboard do what a reader would do.
+The home folder is empty, JupyterLab has its default settings, and the tests use
+mouse and keyboard like a reader.
 
-Where SCREENSHOTS names a folder, pictures of what was seen are left there.
+Set SCREENSHOTS to a folder to keep the screenshots.
 """
 
 import json
@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FIRST = "00_start_here"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 MAY_FAIL = {"raises-exception", "nbval-raises-exception"}  # tags of cells
-PATIENCE = 60.0  # seconds for a start, an end or a reaction on a busy machine
-RUN_LIMIT = 120.0  # seconds for all the cells of a notebook
+TIMEOUT = 60.0  # seconds for startup, shutdown or a reaction on a busy machine
+RUN_ALL_TIMEOUT = 120.0  # seconds for all cells of a notebook
+END_OF_OUTPUT = "(end of output)"
 
 
 class Lab:
@@ -42,8 +43,8 @@ class Lab:
         self.project = folder / "project"
         ignored = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_c*")
         shutil.copytree(ROOT, self.project, ignore=ignored)
-        # The environment is lent, link by link, so that nothing is installed
-        # again; a set-up would remove the links and not what they point to.
+        # Links to the contents of the real environment, so nothing is installed
+        # again. If run.py recreates .venv, it removes the links, not their targets.
         (self.project / ".venv").mkdir()
         for part in Path(sys.prefix).iterdir():
             (self.project / ".venv" / part.name).symlink_to(part)
@@ -57,59 +58,59 @@ class Lab:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # Ctrl+C reaches it, and not pytest
-            # A shell's background jobs, and what they start, ignore Ctrl+C.
+            start_new_session=True,  # so that Ctrl+C reaches it but not pytest
+            # A shell's background jobs and their children ignore Ctrl+C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        self._printed: Queue[str] = Queue()
+        self._output: Queue[str] = Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.url = self._printed_url()
-        """The address that JupyterLab prints, with its token."""
+        self.url = self._wait_for_url()
+        """The URL that JupyterLab prints, with its token."""
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
-                self._printed.put(line)
-        self._printed.put("(the end)")
+                self._output.put(line)
+        self._output.put(END_OF_OUTPUT)
 
-    def _printed_url(self) -> str:
-        log, deadline = "", time.monotonic() + PATIENCE
-        while "(the end)" not in log:
+    def _wait_for_url(self) -> str:
+        log, deadline = "", time.monotonic() + TIMEOUT
+        while END_OF_OUTPUT not in log:
             try:
-                log += self._printed.get(timeout=max(0, deadline - time.monotonic()))
+                log += self._output.get(timeout=max(0, deadline - time.monotonic()))
             except Empty:
                 break
             if url := re.search(r"http://127\.0\.0\.1:(\d+)/\S+token=\w+", log):
-                # JupyterLab prints the address a moment before it listens there.
+                # JupyterLab prints the URL a moment before it listens there.
                 while not is_open(int(url[1])):
                     assert time.monotonic() < deadline, log
                 return url[0]
         self.stop()
-        pytest.fail(f"JupyterLab printed no address:\n{log}")
+        pytest.fail(f"JupyterLab printed no URL:\n{log}")
 
     def url_of(self, notebook: str) -> str:
-        """Where a notebook is opened, without those that were open before."""
+        """The URL that opens this notebook and closes all others."""
         return self.url.replace(FIRST, notebook) + "&reset"
 
     def read(self, notebook: str) -> list[dict[str, Any]]:
-        """The code cells of a notebook, as its file in the copy has them."""
+        """The code cells of a notebook, read from its file in the copy."""
         path = self.project / "notebooks" / f"{notebook}.ipynb"
         cells: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["cells"]
         return [cell for cell in cells if cell["cell_type"] == "code"]
 
     def stop(self) -> list[psutil.Process]:
-        """Press Ctrl+C; return the processes that outlive it, after ending them."""
-        family = psutil.Process(self._process.pid).children(recursive=True)
+        """Press Ctrl+C; kill and return any process that survives it."""
+        processes = psutil.Process(self._process.pid).children(recursive=True)
         os.killpg(self._process.pid, signal.SIGINT)
-        left, deadline = family, time.monotonic() + PATIENCE
-        while left and time.monotonic() < deadline:
-            _, left = psutil.wait_procs(left, timeout=0.2)
-            left = [process for process in left if not is_zombie(process)]
-        for process in left:
+        alive, deadline = processes, time.monotonic() + TIMEOUT
+        while alive and time.monotonic() < deadline:
+            _, alive = psutil.wait_procs(alive, timeout=0.2)
+            alive = [process for process in alive if not is_zombie(process)]
+        for process in alive:
             process.kill()
-        self._process.wait(PATIENCE)
-        return left
+        self._process.wait(TIMEOUT)
+        return alive
 
 
 def is_open(port: int) -> bool:
@@ -118,7 +119,7 @@ def is_open(port: int) -> bool:
 
 
 def is_zombie(process: psutil.Process) -> bool:
-    """Whether it has ended, and its new parent has only not asked how."""
+    """Whether the process has exited, and only waits for its parent to reap it."""
     try:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -135,34 +136,36 @@ class Notebook:
         self.wait_for_the_kernel()
 
     def wait_for_the_kernel(self) -> None:
-        # The toolbar's own sign says "idle" before there is a kernel.
+        # The toolbar's indicator says "idle" even before there is a kernel.
         status = self.page.locator(".jp-StatusBar-TextItem")
         expect(status.filter(has_text="(ipykernel) | Idle")).to_be_visible()
 
     def choose(self, menu: str, item: str) -> None:
-        """Click an item of a menu."""
+        """Click a menu item."""
         self.page.get_by_role("menuitem", name=menu, exact=True).click()
         self.page.get_by_role("menuitem", name=item, exact=True).click()
 
     def run_all(self) -> list[dict[str, Any]]:
-        """Run all cells from a clean sheet; return them as they were then saved."""
+        """Clear all outputs and run all cells; return the cells as saved afterwards."""
         cells = len(self.stored)
         prompts = self.page.locator(".jp-CodeCell .jp-InputPrompt")
         expect(prompts).to_have_count(cells)
         self.choose("Edit", "Clear Outputs of All Cells")
         expect(prompts).to_have_text(["[ ]:"] * cells)
         self.choose("Run", "Run All Cells")
-        # After an error, even one that a tag allows, JupyterLab no longer shows
-        # [*] beside the cells that are still to run: only their numbers tell.
-        with suppress(AssertionError):  # the saved file says what was not done, and why
-            expect(prompts.last).to_have_text(f"[{cells}]:", timeout=RUN_LIMIT * 1000)
+        # After an error, even an allowed one, JupyterLab no longer shows [*] for the
+        # cells that are still queued. Only the last cell's number says that all ran.
+        with suppress(AssertionError):  # the saved file shows which cell failed and why
+            expect(prompts.last).to_have_text(
+                f"[{cells}]:", timeout=RUN_ALL_TIMEOUT * 1000
+            )
             self.wait_for_the_kernel()
         self.save()
-        done = self.lab.read(self.name)
-        assert [error for cell in done for error in errors(cell)] == []
-        counts = [cell["execution_count"] for cell in done]
+        saved = self.lab.read(self.name)
+        assert [error for cell in saved for error in errors(cell)] == []
+        counts = [cell["execution_count"] for cell in saved]
         assert counts == list(range(1, cells + 1))
-        return done
+        return saved
 
     def save(self) -> None:
         def is_saved(response: Response) -> bool:
@@ -173,8 +176,8 @@ class Notebook:
             self.page.keyboard.press("Control+s")
         assert saved.value.ok
 
-    def take_a_picture(self, folder: Path) -> None:
-        """Of the whole notebook, in a window as tall as that."""
+    def take_screenshot(self, folder: Path) -> None:
+        """Save a picture of the whole notebook, in a window as tall as the notebook."""
         panel = self.page.locator(".jp-WindowedPanel-outer")
         height = panel.evaluate("panel => panel.scrollHeight")
         self.page.set_viewport_size(
@@ -184,12 +187,12 @@ class Notebook:
         self.page.screenshot(path=folder / f"{self.name}.png")
 
     def messages(self) -> list[str]:
-        """What JupyterLab asks or tells the reader in a box of its own."""
+        """The texts of all dialogs and notifications."""
         return self.page.locator(".jp-Dialog, .Toastify__toast").all_inner_texts()
 
 
 def errors(cell: dict[str, Any]) -> list[str]:
-    """What went wrong in a cell, unless its tags say that it may."""
+    """The errors in a cell's outputs, unless its tags allow them."""
     if MAY_FAIL.intersection(cell["metadata"].get("tags", [])):
         return []
     return [
@@ -202,15 +205,15 @@ def errors(cell: dict[str, Any]) -> list[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if os.name == "nt":
-        pytest.skip("Windows cannot send Ctrl+C to one program alone")
+        pytest.skip("Windows can't send Ctrl+C to a single program")
     installed = filter(None, map(shutil.which, BROWSERS))
     found = os.environ.get("CHROMIUM") or next(installed, None)
     if not found:
         pytest.skip(
-            "no browser: install one (apt-get install chromium) or name its "
-            "program in the environment variable CHROMIUM"
+            "no browser found: install one (apt-get install chromium), or set the "
+            "environment variable CHROMIUM to the path of its program"
         )
-    expect.set_options(timeout=PATIENCE * 1000)
+    expect.set_options(timeout=TIMEOUT * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found)
         yield browser
@@ -221,32 +224,32 @@ def browser() -> Iterator[Browser]:
 def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab = Lab(tmp_path_factory.mktemp("lab"))
     yield lab
-    assert lab.stop() == [], "Ctrl+C ends JupyterLab, its kernels and the providers"
+    assert lab.stop() == [], "Ctrl+C left processes of JupyterLab, kernels or stubs"
 
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A browser's window; at the end, what it asked for was on this machine."""
-    asked: list[str] = []
+    """A browser window. Fails the test if it sent a request to another machine."""
+    requested: list[str] = []
     context = browser.new_context(viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(PATIENCE * 1000)
-    context.on("request", lambda request: asked.append(request.url))
+    context.set_default_timeout(TIMEOUT * 1000)
+    context.on("request", lambda request: requested.append(request.url))
     page = context.new_page()
-    page.on("websocket", lambda socket: asked.append(socket.url))
+    page.on("websocket", lambda socket: requested.append(socket.url))
     yield page
     context.close()
-    assert [url for url in asked if not is_local(url)] == []
+    assert [url for url in requested if not is_local(url)] == []
 
 
 def is_local(url: str) -> bool:
     parts = urlsplit(url)
-    here = {"127.0.0.1", "localhost"}
-    return parts.scheme in {"data", "blob"} or parts.hostname in here
+    local_hosts = {"127.0.0.1", "localhost"}
+    return parts.scheme in {"data", "blob"} or parts.hostname in local_hosts
 
 
 @pytest.fixture
-def opened(lab: Lab, page: Page) -> Callable[[str], Notebook]:
-    """Open a notebook as a reader does, and wait for its kernel."""
+def open_notebook(lab: Lab, page: Page) -> Callable[[str], Notebook]:
+    """Open a notebook by name and wait for its kernel."""
     return lambda name: Notebook(lab, page, name)
 
 

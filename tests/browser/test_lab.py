@@ -1,4 +1,4 @@
-"""A newcomer types `python run.py lab`, and the notebooks work."""
+"""After `python run.py lab`, the first notebooks work in a browser."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NOTEBOOKS = [
 ]
 
 
-def pictures(cells: list[dict[str, Any]]) -> int:
-    """How many outputs of a notebook are pictures."""
+def count_pictures(cells: list[dict[str, Any]]) -> int:
+    """The number of pictures among the outputs."""
     outputs = [output for cell in cells for output in cell["outputs"]]
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_the_first_page_is_the_first_notebook(lab: Lab, page: Page) -> None:
+def test_lab_opens_the_first_notebook(lab: Lab, page: Page) -> None:
     page.goto(lab.url)
     status = page.locator(".jp-StatusBar-TextItem")
     expect(status.filter(has_text="(ipykernel) | Idle")).to_be_visible()
@@ -36,10 +36,10 @@ def test_the_first_page_is_the_first_notebook(lab: Lab, page: Page) -> None:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_run_all_cells(
-    name: str, page: Page, opened: Callable[[str], Notebook], screenshots: Path
+def test_run_all_shows_every_picture_and_no_message(
+    name: str, page: Page, open_notebook: Callable[[str], Notebook], screenshots: Path
 ) -> None:
-    notebook = opened(name)
+    notebook = open_notebook(name)
     notebook.run_all()
 
     images = page.locator(".jp-OutputArea-output img")
@@ -47,8 +47,8 @@ def test_run_all_cells(
         "images => Promise.all("
         "images.map(image => image.decode().then(() => image.naturalWidth)))"
     )
-    assert len(widths) >= pictures(notebook.stored)
+    assert len(widths) >= count_pictures(notebook.stored)
     assert all(widths)
 
-    notebook.take_a_picture(screenshots)
+    notebook.take_screenshot(screenshots)
     assert notebook.messages() == []

@@ -17,20 +17,20 @@ class Run:
     peak_in_flight: int = 1
 
 
-def refusal(call: Callable[[], None]) -> str:
+def failure_message(call: Callable[[], None]) -> str:
     with pytest.raises(AssertionError) as caught:
         call()
     return str(caught.value)
 
 
-def test_a_claim_that_holds_is_printed_with_a_tick(
+def test_true_claim_is_printed_with_a_tick(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check("two and two are four", 2 + 2 == 4) is None
     assert capsys.readouterr().out == "✓ two and two are four\n"
 
 
-def test_a_claim_that_does_not_hold_raises_and_prints_nothing(
+def test_false_claim_raises_and_prints_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(AssertionError, match="✗ two and two are five"):
@@ -38,9 +38,9 @@ def test_a_claim_that_does_not_hold_raises_and_prints_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_the_message_has_the_condition_and_the_values() -> None:
+def test_message_shows_the_condition_and_its_values() -> None:
     run, limit = Run(), 0.5
-    message = refusal(
+    message = failure_message(
         lambda: check("it was quick", run.wall < limit and run.peak_in_flight == 2)
     )
     first, condition, *values = message.splitlines()
@@ -53,83 +53,85 @@ def test_the_message_has_the_condition_and_the_values() -> None:
     }
 
 
-def test_a_condition_over_several_lines_is_given_on_one() -> None:
-    wanted = 3
+def test_condition_over_several_lines_is_shown_on_one() -> None:
+    expected = 3
 
     def call() -> None:
         check(
             "there were three",
             (
-                wanted  # a remark
+                expected  # a comment
                 == 4
             ),
         )
 
-    assert "wanted == 4" in refusal(call)
-    assert "wanted = 3" in refusal(call)
+    assert "expected == 4" in failure_message(call)
+    assert "expected = 3" in failure_message(call)
 
 
-def test_a_name_is_told_once() -> None:
+def test_value_of_a_name_is_shown_once() -> None:
     n = 1
-    assert refusal(lambda: check("n grows", n > n)).count("n = 1") == 1
+    assert failure_message(lambda: check("n grows", n > n)).count("n = 1") == 1
 
 
-def test_a_list_that_was_counted_is_told() -> None:
+def test_counted_list_or_its_length_is_shown() -> None:
     answers = ["Paris.", "Au."]
-    message = refusal(lambda: check("three answers", len(answers) == 3))
+    message = failure_message(lambda: check("three answers", len(answers) == 3))
     assert "len(answers) == 3" in message
     assert "len(answers) = 2" in message or repr(answers) in message
 
 
-def test_the_item_of_a_row_is_told() -> None:
-    rows = {"paced": {"refused": 0.04}}
-    message = refusal(lambda: check("few", rows["paced"]["refused"] <= 0.02))
+def test_value_of_an_item_is_shown() -> None:
+    rows = {"paced": {"rejected": 0.04}}
+    message = failure_message(lambda: check("few", rows["paced"]["rejected"] <= 0.02))
     _, _, *values = message.splitlines()
-    assert values == ["  rows['paced']['refused'] = 0.04"]
+    assert values == ["  rows['paced']['rejected'] = 0.04"]
 
 
-def test_a_keyword_is_as_good_as_a_place() -> None:
+def test_condition_can_be_a_keyword_argument() -> None:
     n = 1
-    message = refusal(lambda: check("n is two", holds=n == 2))
+    message = failure_message(lambda: check("n is two", holds=n == 2))
     assert "n == 2" in message
     assert "n = 1" in message
 
 
-def test_names_of_an_inner_scope_do_no_harm() -> None:
+def test_names_of_an_inner_scope_are_not_evaluated() -> None:
     waits = [0.1, 0.9]
-    message = refusal(lambda: check("all short", all(wait < 0.5 for wait in waits)))
+    message = failure_message(
+        lambda: check("all short", all(wait < 0.5 for wait in waits))
+    )
     assert "all((wait < 0.5 for wait in waits))" in message
 
 
-def test_a_value_that_cannot_be_had_again_does_no_harm() -> None:
+def test_value_that_cannot_be_evaluated_again_is_left_out() -> None:
     class Once:
-        taken = False
+        was_read = False
 
         @property
         def value(self) -> int:
-            if self.taken:
+            if self.was_read:
                 raise RuntimeError
-            self.taken = True
+            self.was_read = True
             return 1
 
     once = Once()
-    assert "once.value == 2" in refusal(lambda: check("twice", once.value == 2))
+    assert "once.value == 2" in failure_message(lambda: check("twice", once.value == 2))
 
 
 CELL = "n = 1\ncheck('n is two', n == 2)"
 
 
-def test_it_works_in_code_without_a_source() -> None:
+def test_works_in_code_without_source() -> None:
     code = compile(CELL, "<nowhere>", "exec")
-    assert refusal(lambda: exec(code, {"check": check})) == "✗ n is two"
+    assert failure_message(lambda: exec(code, {"check": check})) == "✗ n is two"
 
 
-def test_it_works_in_code_whose_source_is_only_in_memory() -> None:
+def test_works_in_code_whose_source_is_only_in_memory() -> None:
     name = "<a cell of test_checks>"
     linecache.cache[name] = len(CELL), None, CELL.splitlines(keepends=True), name
     code = compile(CELL, name, "exec")
     try:
-        message = refusal(lambda: exec(code, {"check": check}))
+        message = failure_message(lambda: exec(code, {"check": check}))
     finally:
         del linecache.cache[name]
     assert "n == 2" in message
@@ -144,7 +146,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return InteractiveShell(config=config)
 
 
-def test_it_works_in_a_cell(shell: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_works_in_a_cell(shell: Any, capsys: pytest.CaptureFixture[str]) -> None:
     shell.run_cell("from helpers import check")
     shell.run_cell(CELL.replace("== 2", "== 1"))
     assert capsys.readouterr().out == "✓ n is two\n"
@@ -154,7 +156,7 @@ def test_it_works_in_a_cell(shell: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert "n = 1" in str(error)
 
 
-def test_it_works_in_a_cell_that_awaits(shell: Any) -> None:
+def test_works_in_a_cell_that_awaits(shell: Any) -> None:
     shell.run_cell("from helpers import check\nimport asyncio")
     cell = f"await asyncio.sleep(0)\n{CELL}"
     error = shell.run_cell(cell).error_in_exec

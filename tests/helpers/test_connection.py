@@ -22,13 +22,13 @@ from jupyter_client.manager import KernelManager
 from helpers import Timeline, connect, connection
 from helpers.connection import Provider, ProviderError
 
-PATIENCE = 30.0  # seconds that anything may take on a busy machine
-FIRST_ANSWER = 2.0  # seconds from connect() to an answer: the requirement
-POLL = 0.02
+TIMEOUT = 30.0  # seconds for anything, on a busy machine
+MAX_STARTUP = 2.0  # seconds from connect() to the first answer: the requirement
+POLL_INTERVAL = 0.02  # seconds
 MODEL = "gpt-3.5-turbo-instruct"
-ANSWERED = "Hello how are you?"
+PROMPT = "Hello how are you?"
 
-NOT_INHERITED = {
+RELEVANT_VARIABLES = {
     "LLM_PROVIDER_URL",
     "LANGSMITH_TRACING",
     "OPENAI_API_BASE",
@@ -39,16 +39,16 @@ NOT_INHERITED = {
 
 @contextlib.contextmanager
 def never_connected() -> Iterator[None]:
-    """A process that never called connect(), and its environment afterwards."""
+    """As if this process had never called connect(); undoes changes afterwards."""
     with mock.patch.object(connection, "_current", None), mock.patch.dict(os.environ):
         for name in list(os.environ):
-            if name in NOT_INHERITED or name.lower().endswith("_proxy"):
+            if name in RELEVANT_VARIABLES or name.lower().endswith("_proxy"):
                 del os.environ[name]
         yield
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Provider]:
+def shared_stub() -> Iterator[Provider]:
     with never_connected():
         provider = connect(first_token=0, per_token=0)
     yield provider
@@ -56,27 +56,27 @@ def shared() -> Iterator[Provider]:
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def clean_environment() -> Iterator[None]:
     before = psutil.Process().children()
     with never_connected():
         yield
     for process in psutil.Process().children():
-        if process not in before and is_provider(process):
+        if process not in before and is_stub(process):
             process.kill()
 
 
 @pytest.fixture
-def connected(shared: Provider) -> Provider:
-    """A provider that runs already, so that connect() need not start one."""
-    connection._current = shared
-    shared.configure(seed=0, first_token=0, per_token=0, jitter=0.2, models=None)
-    return shared
+def connected(shared_stub: Provider) -> Provider:
+    """A running stub, so that connect() doesn't need to start one."""
+    connection._current = shared_stub
+    shared_stub.configure(seed=0, first_token=0, per_token=0, jitter=0.2, models=None)
+    return shared_stub
 
 
-def is_provider(process: psutil.Process) -> bool:
+def is_stub(process: psutil.Process) -> bool:
     try:
         return "llm_stub" in process.cmdline()
-    except psutil.NoSuchProcess:  # or a zombie
+    except psutil.NoSuchProcess:  # also raised for a zombie
         return False
 
 
@@ -91,15 +91,15 @@ def kill(provider: Provider) -> None:
 
 
 def ask_openai() -> str:
-    client = openai.OpenAI(max_retries=0, timeout=PATIENCE)
-    return client.completions.create(model=MODEL, prompt=ANSWERED).choices[0].text
+    client = openai.OpenAI(max_retries=0, timeout=TIMEOUT)
+    return client.completions.create(model=MODEL, prompt=PROMPT).choices[0].text
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline, f"it took more than {PATIENCE} s"
-        time.sleep(POLL)
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"it took more than {TIMEOUT} s"
+        time.sleep(POLL_INTERVAL)
 
 
 def free_port() -> int:
@@ -109,7 +109,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started_by_hand() -> Iterator[str]:
+def manually_started_stub() -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "llm_stub", "--port", "0"],
         stdout=subprocess.PIPE,
@@ -123,19 +123,19 @@ def started_by_hand() -> Iterator[str]:
         process.communicate()
 
 
-def script(code: str) -> Any:
-    """Run a script in a fresh Python; return the JSON that it prints."""
+def run_script(code: str) -> Any:
+    """Run a script in a new Python process; return the JSON that it prints."""
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
 
-# One provider
+# Starting the stub
 
 
-def test_a_second_connect_gives_the_same_provider() -> None:
+def test_second_connect_returns_the_same_stub() -> None:
     first = connect()
     process = process_of(first)
     second = connect()
@@ -144,26 +144,26 @@ def test_a_second_connect_gives_the_same_provider() -> None:
 
 
 @pytest.mark.usefixtures("connected")
-def test_a_second_connect_changes_the_settings_it_names_and_no_others() -> None:
+def test_second_connect_changes_only_the_given_settings() -> None:
     before = connect(seed=7).configure()
     after = connect(jitter=0.5).configure()
     assert after == {**before, "jitter": 0.5}
     assert after["seed"] == 7
 
 
-def test_it_listens_on_loopback_only(connected: Provider) -> None:
+def test_stub_listens_on_loopback_only(connected: Provider) -> None:
     process = process_of(connected)
     listening = [
-        place.laddr.ip
+        listener.laddr.ip
         for process in [process, *process.children()]
-        for place in process.net_connections(kind="inet")
-        if place.status == psutil.CONN_LISTEN
+        for listener in process.net_connections(kind="inet")
+        if listener.status == psutil.CONN_LISTEN
     ]
     assert listening == ["127.0.0.1"]
 
 
-def test_it_works_in_a_plain_script_and_does_not_import_ipython() -> None:
-    assert script(
+def test_connect_works_in_a_plain_script_without_importing_ipython() -> None:
+    assert run_script(
         "import json, sys\n"
         "from helpers import connect\n"
         "requests = connect().ask('/_provider/stats')['requests']\n"
@@ -171,9 +171,9 @@ def test_it_works_in_a_plain_script_and_does_not_import_ipython() -> None:
     ) == [0, False]
 
 
-def test_the_first_answer_comes_within_two_seconds_of_connect() -> None:
+def test_first_answer_arrives_within_two_seconds_of_connect() -> None:
     def seconds() -> float:
-        taken: float = script(
+        elapsed: float = run_script(
             "import time\n"
             "from langchain_openai import OpenAI\n"
             "start = time.perf_counter()\n"
@@ -182,21 +182,21 @@ def test_the_first_answer_comes_within_two_seconds_of_connect() -> None:
             "OpenAI().invoke('Hello how are you?')\n"
             "print(time.perf_counter() - start)\n"
         )
-        return taken
+        return elapsed
 
-    # A busy machine may be slow once; it need not be slow three times.
-    assert any(seconds() < FIRST_ANSWER for _ in range(3))
+    # On a busy machine one start may be slow, but not all three.
+    assert any(seconds() < MAX_STARTUP for _ in range(3))
 
 
 # The environment
 
 
 @pytest.mark.usefixtures("connected")
-@pytest.mark.parametrize("stale", [None, "http://127.0.0.1:9/v1"])
-def test_the_openai_clients_are_pointed_at_it(stale: str | None) -> None:
+@pytest.mark.parametrize("earlier", [None, "http://127.0.0.1:9/v1"])
+def test_openai_clients_use_the_stub_after_connect(earlier: str | None) -> None:
     names = "OPENAI_BASE_URL", "OPENAI_API_BASE"
-    if stale:
-        os.environ.update(dict.fromkeys(names, stale))
+    if earlier:
+        os.environ.update(dict.fromkeys(names, earlier))
     url = connect().url
     assert [os.environ[name] for name in names] == [f"{url}/v1"] * 2
     assert ask_openai()
@@ -206,9 +206,7 @@ def test_the_openai_clients_are_pointed_at_it(stale: str | None) -> None:
 @pytest.mark.parametrize(
     ("before", "after"), [(None, "stub"), ("", "stub"), ("sk-my-own", "sk-my-own")]
 )
-def test_a_key_is_set_only_where_the_reader_has_none(
-    before: str | None, after: str
-) -> None:
+def test_api_key_is_set_only_if_there_is_none(before: str | None, after: str) -> None:
     if before is not None:
         os.environ["OPENAI_API_KEY"] = before
     connect()
@@ -217,7 +215,7 @@ def test_a_key_is_set_only_where_the_reader_has_none(
 
 @pytest.mark.usefixtures("connected")
 @pytest.mark.parametrize(("before", "after"), [(None, "false"), ("true", "true")])
-def test_langsmith_stays_silent_unless_the_reader_wants_it(
+def test_langsmith_tracing_is_off_unless_the_user_turned_it_on(
     before: str | None, after: str
 ) -> None:
     if before is not None:
@@ -227,7 +225,9 @@ def test_langsmith_stays_silent_unless_the_reader_wants_it(
 
 
 @pytest.mark.usefixtures("connected")
-@pytest.mark.skipif(os.name == "nt", reason="Windows knows no case in these names")
+@pytest.mark.skipif(
+    os.name == "nt", reason="on Windows, names of variables are case-insensitive"
+)
 @pytest.mark.parametrize(
     "before",
     [
@@ -240,7 +240,7 @@ def test_langsmith_stays_silent_unless_the_reader_wants_it(
     ],
     ids=str,
 )
-def test_hosts_without_a_proxy_stay_without_one_and_loopback_joins_them(
+def test_no_proxy_keeps_its_hosts_and_gains_loopback(
     before: dict[str, str],
 ) -> None:
     os.environ |= {"HTTP_PROXY": "http://proxy.example:3128", **before}
@@ -251,7 +251,7 @@ def test_hosts_without_a_proxy_stay_without_one_and_loopback_joins_them(
 
 
 @pytest.mark.usefixtures("connected")
-def test_the_hosts_without_a_proxy_do_not_grow_with_every_connect() -> None:
+def test_no_proxy_does_not_grow_with_every_connect() -> None:
     os.environ["HTTP_PROXY"] = "http://proxy.example:3128"
     connect()
     once = os.environ["NO_PROXY"]
@@ -260,7 +260,7 @@ def test_the_hosts_without_a_proxy_do_not_grow_with_every_connect() -> None:
 
 
 @pytest.mark.usefixtures("connected")
-def test_where_there_is_no_proxy_none_is_spoken_of() -> None:
+def test_no_proxy_is_not_set_if_there_is_no_proxy() -> None:
     with mock.patch("urllib.request.getproxies", return_value={}):
         connect()
     assert not [name for name in os.environ if name.lower().endswith("_proxy")]
@@ -268,72 +268,69 @@ def test_where_there_is_no_proxy_none_is_spoken_of() -> None:
 
 @pytest.mark.usefixtures("connected")
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
-def test_a_proxy_that_leads_nowhere_does_not_break_calls(name: str) -> None:
+def test_unreachable_proxy_does_not_break_calls(name: str) -> None:
     os.environ[name] = f"http://127.0.0.1:{free_port()}"
     connect()
     assert ask_openai()
 
 
-# The reader's key
+# The user's API key
 
 
-def test_the_key_is_in_no_process_arguments_and_not_in_the_journal() -> None:
-    key = os.environ["OPENAI_API_KEY"] = "sk-a-key-of-the-reader"
+def test_api_key_is_in_no_process_arguments_and_not_in_the_journal() -> None:
+    key = os.environ["OPENAI_API_KEY"] = "sk-a-key-of-the-user"
     provider = connect(first_token=0, per_token=0)
     ask_openai()
     assert key not in " ".join(process_of(provider).cmdline())
     journal = provider.ask("/_provider/journal")
     assert len(journal["attempts"]) == 1
-    for told in (
-        journal,
-        provider.ask("/_provider/stats"),
-        provider.configure(),
-        provider,
-    ):
-        assert key not in repr(told)
+    stats, settings = provider.ask("/_provider/stats"), provider.configure()
+    for shown in (journal, stats, settings, provider):
+        assert key not in repr(shown)
 
 
 # The limit on open files
 
 LOW_LIMIT = 256
-MANY = 400
-OVER_THE_LIMIT = f"""
+CONNECTIONS = 400
+MORE_THAN_THE_LIMIT = f"""
 import json, resource, socket
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, ({LOW_LIMIT}, hard))
 from helpers import connect
 provider = connect()
 soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-place = provider.url.removeprefix("http://").split(":")
-calls = [socket.create_connection(place, 5) for _ in range({MANY} * (soft > {MANY}))]
+address = provider.url.removeprefix("http://").split(":")
+count = {CONNECTIONS} if soft > {CONNECTIONS} else 0
+connections = [socket.create_connection(address, 5) for _ in range(count)]
 answered = 0
 try:
-    for call in calls:
-        call.sendall(b"GET /_provider/stats HTTP/1.1\\r\\nHost: provider\\r\\n\\r\\n")
-    for call in calls:
-        answered += call.recv(65536).startswith(b"HTTP/1.1 200")
+    for connection in connections:
+        connection.sendall(b"GET /_provider/stats HTTP/1.1\\r\\nHost: stub\\r\\n\\r\\n")
+    for connection in connections:
+        answered += connection.recv(65536).startswith(b"HTTP/1.1 200")
 except TimeoutError:
     pass
 print(json.dumps([soft, hard, answered]))
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
-def test_a_low_limit_on_open_files_is_raised_here_and_in_the_provider() -> None:
-    soft, hard, answered = script(OVER_THE_LIMIT)
-    if 0 < hard <= MANY:
-        pytest.skip(f"this machine allows {hard} open files and no more")
-    assert soft > MANY
-    assert answered == MANY
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on open files")
+def test_low_limit_on_open_files_is_raised_here_and_in_the_stub() -> None:
+    soft, hard, answered = run_script(MORE_THAN_THE_LIMIT)
+    if 0 < hard <= CONNECTIONS:
+        pytest.skip(f"this machine allows only {hard} open files")
+    assert soft > CONNECTIONS
+    assert answered == CONNECTIONS
 
 
 # LLM_PROVIDER_URL
 
 
-@pytest.mark.parametrize("ending", ["", "/"])
-def test_a_provider_started_by_hand_is_used_and_left_running(ending: str) -> None:
-    with started_by_hand() as url:
-        os.environ["LLM_PROVIDER_URL"] = url + ending
+@pytest.mark.parametrize("suffix", ["", "/"])
+def test_manually_started_stub_is_used_and_left_running(suffix: str) -> None:
+    with manually_started_stub() as url:
+        os.environ["LLM_PROVIDER_URL"] = url + suffix
         provider = connect(first_token=0, per_token=0)
         assert provider.url == url
         assert ask_openai()
@@ -350,17 +347,17 @@ def assert_says_what_to_do(error: ProviderError, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "beginning", ["http://127.0.0.1:", "127.0.0.1:", "localhost:", ""]
+    "prefix", ["http://127.0.0.1:", "127.0.0.1:", "localhost:", ""]
 )
-def test_a_url_that_leads_nowhere_is_named_with_what_to_do(beginning: str) -> None:
-    url = os.environ["LLM_PROVIDER_URL"] = f"{beginning}{free_port()}"
+def test_error_for_an_unreachable_url_names_it_and_says_what_to_do(prefix: str) -> None:
+    url = os.environ["LLM_PROVIDER_URL"] = f"{prefix}{free_port()}"
     with pytest.raises(ProviderError) as caught:
         connect()
     assert_says_what_to_do(caught.value, url)
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
         b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n<html/>",
@@ -368,14 +365,16 @@ def test_a_url_that_leads_nowhere_is_named_with_what_to_do(beginning: str) -> No
         b"SSH-2.0-OpenSSH_9.9\r\n",
         b"",
     ],
-    ids=["404", "no JSON", "half an answer", "no HTTP", "nothing"],
+    ids=["404", "not JSON", "truncated", "not HTTP", "nothing"],
 )
-def test_a_url_of_another_server_is_named_with_what_to_do(answer: bytes) -> None:
+def test_error_for_the_url_of_another_server_names_it_and_says_what_to_do(
+    response: bytes,
+) -> None:
     def serve() -> None:
-        caller, _ = server.accept()
-        with caller:
-            caller.recv(65536)
-            caller.sendall(answer)
+        client, _ = server.accept()
+        with client:
+            client.recv(65536)
+            client.sendall(response)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -384,19 +383,19 @@ def test_a_url_of_another_server_is_named_with_what_to_do(answer: bytes) -> None
         thread.start()
         with pytest.raises(ProviderError) as caught:
             connect()
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
     assert_says_what_to_do(caught.value, url)
 
 
-def test_the_api_address_in_place_of_the_provider_s_is_named_with_what_to_do() -> None:
-    with started_by_hand() as url:
+def test_error_for_a_url_that_ends_in_v1_names_it_and_says_what_to_do() -> None:
+    with manually_started_stub() as url:
         os.environ["LLM_PROVIDER_URL"] = f"{url}/v1"
         with pytest.raises(ProviderError) as caught:
             connect()
         assert_says_what_to_do(caught.value, f"{url}/v1")
 
 
-def test_once_a_bad_url_is_unset_connect_starts_a_provider_of_its_own() -> None:
+def test_connect_starts_a_stub_once_a_bad_url_is_unset() -> None:
     os.environ["LLM_PROVIDER_URL"] = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ProviderError):
         connect()
@@ -404,14 +403,14 @@ def test_once_a_bad_url_is_unset_connect_starts_a_provider_of_its_own() -> None:
     assert connect().ask("/_provider/stats")["requests"] == 0
 
 
-def test_a_taken_port_is_one_clear_sentence_and_exit_code_2() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_occupied_port_gives_a_one_line_error_and_exit_code_2() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
         process = subprocess.run(
             [sys.executable, "-m", "llm_stub", "--port", str(port)],
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
     assert process.returncode == 2
     assert process.stdout == ""
@@ -436,42 +435,38 @@ def test_a_taken_port_is_one_clear_sentence_and_exit_code_2() -> None:
 )
 @pytest.mark.usefixtures("connected")
 @pytest.mark.parametrize(
-    "how", [connect, lambda **s: connect().configure(**s)], ids=["connect", "configure"]
+    "change",
+    [connect, lambda **s: connect().configure(**s)],
+    ids=["connect", "configure"],
 )
-def test_a_wrong_setting_is_named_with_its_value(
-    how: Callable[..., object], setting: str, value: object
+def test_error_for_an_invalid_setting_names_it_and_its_value(
+    change: Callable[..., object], setting: str, value: object
 ) -> None:
     with pytest.raises(ValueError, match=setting) as caught:
-        how(**{setting: value})
+        change(**{setting: value})
     assert repr(value) in str(caught.value)
 
 
-def test_a_wrong_setting_changes_nothing(connected: Provider) -> None:
+def test_behaving_applies_to_its_block_only(connected: Provider) -> None:
     before = connected.configure()
-    with pytest.raises(ValueError, match="jitter"):
-        connected.configure(seed=1, jitter=2)
-    assert connected.configure() == before
-
-
-def test_behaving_holds_for_its_block_only(connected: Provider) -> None:
-    before = connected.configure()
-    with connected.behaving(first_token=0, models=[MODEL]):
+    with connected.behaving(first_token=0, models=[MODEL]) as provider:
+        assert provider is connected
         inside = connected.configure()
     assert inside == {**before, "first_token": 0, "models": [MODEL]}
     assert connected.configure() == before
 
 
-def test_behaving_ends_with_its_block_after_an_error_too(connected: Provider) -> None:
+def test_behaving_restores_the_settings_after_an_error(connected: Provider) -> None:
     before = connected.configure()
     with pytest.raises(ZeroDivisionError), connected.behaving(seed=9):
         _ = 1 / 0
     assert connected.configure() == before
 
 
-# A provider that ends while it is used
+# A stub that stops while it is in use
 
 
-def test_a_killed_provider_is_what_every_question_to_it_says() -> None:
+def test_every_request_to_a_killed_stub_says_that_it_has_ended() -> None:
     provider = connect()
     kill(provider)
     with pytest.raises(ProviderError, match=r"has ended .* Run connect\(\) again"):
@@ -483,8 +478,8 @@ def test_a_killed_provider_is_what_every_question_to_it_says() -> None:
         pass
 
 
-def test_that_it_has_ended_is_said_even_in_the_moment_of_its_end() -> None:
-    def ask_on() -> NoReturn:
+def test_request_at_the_moment_the_stub_is_killed_says_that_it_has_ended() -> None:
+    def ask_until_error() -> NoReturn:
         while True:
             provider.ask("/_provider/stats")
 
@@ -492,22 +487,22 @@ def test_that_it_has_ended_is_said_even_in_the_moment_of_its_end() -> None:
         provider = connect()
         process_of(provider).kill()
         with pytest.raises(ProviderError, match="has ended"):
-            ask_on()
+            ask_until_error()
 
 
-def test_after_connect_at_the_same_address_a_client_built_before_works_again() -> None:
+def test_connect_restarts_at_the_same_address_so_existing_clients_work_again() -> None:
     first = connect(first_token=0, per_token=0)
     client = openai.OpenAI(max_retries=0)
-    client.completions.create(model=MODEL, prompt=ANSWERED)
+    client.completions.create(model=MODEL, prompt=PROMPT)
     kill(first)
     with pytest.raises(openai.APIConnectionError):
-        client.completions.create(model=MODEL, prompt=ANSWERED)
+        client.completions.create(model=MODEL, prompt=PROMPT)
     second = connect(first_token=0, per_token=0)
     assert second.url == first.url
-    assert client.completions.create(model=MODEL, prompt=ANSWERED).choices[0].text
+    assert client.completions.create(model=MODEL, prompt=PROMPT).choices[0].text
 
 
-def test_where_the_address_was_taken_meanwhile_connect_finds_another() -> None:
+def test_connect_uses_another_address_if_the_old_one_is_occupied() -> None:
     first = connect()
     kill(first)
     host, port = first.url.removeprefix("http://").split(":")
@@ -519,11 +514,11 @@ def test_where_the_address_was_taken_meanwhile_connect_finds_another() -> None:
 
 
 class Cell:
-    """What a cell wrote, and the error it ended with."""
+    """The output of a cell and the error that it raised."""
 
     def __init__(self, client: BlockingKernelClient, code: str) -> None:
         self.stdout = self.stderr = self.error = ""
-        client.execute_interactive(code, output_hook=self._keep, timeout=PATIENCE)
+        client.execute_interactive(code, output_hook=self._keep, timeout=TIMEOUT)
 
     def _keep(self, message: dict[str, Any]) -> None:
         content = message["content"]
@@ -547,7 +542,7 @@ def kernel(
     client = manager.client()
     client.start_channels()
     try:
-        client.wait_for_ready(timeout=PATIENCE)
+        client.wait_for_ready(timeout=TIMEOUT)
         yield client
     finally:
         client.stop_channels()
@@ -555,11 +550,11 @@ def kernel(
         manager.cleanup_resources()
 
 
-def test_a_notebook_says_that_its_provider_was_killed_and_how_to_go_on(
+def test_notebook_says_that_its_stub_was_killed_and_how_to_restart_it(
     kernel: BlockingKernelClient,
 ) -> None:
-    told = "Run connect() again: it starts a new one at the same address."
-    begun = Cell(
+    advice = "Run connect() again: it starts a new one at the same address."
+    setup = Cell(
         kernel,
         "from helpers import connect, Timeline\n"
         "provider = connect(first_token=600)\n"
@@ -569,29 +564,29 @@ def test_a_notebook_says_that_its_provider_was_killed_and_how_to_go_on(
         f"    return client.completions.create(model={MODEL!r}, prompt='')\n"
         "print(provider.url, provider._process.pid)\n",
     )
-    assert (begun.stderr, begun.error) == ("", "")
-    url, pid = begun.stdout.split()
+    assert (setup.stderr, setup.error) == ("", "")
+    url, pid = setup.stdout.split()
 
     provider = Provider(url)
 
-    def kill_in_the_call() -> None:
+    def kill_during_the_call() -> None:
         wait_until(lambda: provider.ask("/_provider/stats")["in_flight"] == 1)
         psutil.Process(int(pid)).kill()
 
-    killer = threading.Thread(target=kill_in_the_call)
+    killer = threading.Thread(target=kill_during_the_call)
     killer.start()
     during = Cell(kernel, "call()")
     killer.join()
     assert during.error.startswith("APIConnectionError")
-    # The call may fail a moment before the process counts as ended.
-    said = during.stderr or Cell(kernel, "None").stderr
-    assert said.startswith("The provider has ended (exit code ")
-    assert said.strip().endswith(told)
-    assert len(said.splitlines()) == 1
+    # The call may fail shortly before the process is known to have ended.
+    notice = during.stderr or Cell(kernel, "None").stderr
+    assert notice.startswith("The stub has ended (exit code ")
+    assert notice.strip().endswith(advice)
+    assert len(notice.splitlines()) == 1
 
     after = Cell(kernel, "with Timeline('one call'):\n    call()")
-    assert after.error.startswith("ProviderError: The provider has ended (exit code ")
-    assert after.error.endswith(told)
+    assert after.error.startswith("ProviderError: The stub has ended (exit code ")
+    assert after.error.endswith(advice)
 
     again = Cell(
         kernel,

@@ -17,12 +17,12 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
 
-LIMIT = 2.0  # seconds in which a provider must be gone: the requirement
-PATIENCE = 30.0  # seconds that anything else may take on a busy machine
-POLL = 0.02
+STOP_TIMEOUT = 2.0  # seconds within which the stub must stop: the requirement
+TIMEOUT = 30.0  # seconds for everything else, on a busy machine
+POLL_INTERVAL = 0.02  # seconds
 
 posix_only = pytest.mark.skipif(
-    os.name == "nt", reason="Windows has no fork and no signals to end a process by"
+    os.name == "nt", reason="Windows has neither fork nor signals that stop a process"
 )
 
 CONNECT = """
@@ -41,7 +41,7 @@ urllib.request.urlopen(provider.url + "/v1/completions", body)
 
 FORK = """
 import warnings
-warnings.simplefilter("ignore")  # Python 3.12 and later warn of forks
+warnings.simplefilter("ignore")  # Python 3.12 and later warn about forks
 child = os.fork()
 if child == 0:
     import signal
@@ -52,7 +52,7 @@ print(child)
 
 
 class Kernel:
-    """A kernel in which connect() was called, as JupyterLab would start it."""
+    """A kernel, started like JupyterLab does, in which connect() has been called."""
 
     def __init__(self, manager: type[KernelManager], folder: Path) -> None:
         specs = KernelSpecManager(
@@ -64,16 +64,16 @@ class Kernel:
         self.manager.start_kernel(env=environment)
         self.client: BlockingKernelClient = self.manager.client()
         self.client.start_channels()
-        self.providers: list[psutil.Process] = []
+        self.stubs: list[psutil.Process] = []
         self.children: list[psutil.Process] = []
 
     def connect(self) -> None:
-        self.client.wait_for_ready(timeout=PATIENCE)
+        self.client.wait_for_ready(timeout=TIMEOUT)
         executable, pid, self.url = self.run(CONNECT).split()
         assert Path(executable) == Path(sys.executable)
         self.process = psutil.Process(int(pid))
-        self.providers = providers_below(self.process)
-        assert self.providers
+        self.stubs = stubs_started_by(self.process)
+        assert self.stubs
 
     def run(self, code: str) -> str:
         """Run a cell; return what it printed."""
@@ -83,29 +83,27 @@ class Kernel:
             if message["msg_type"] == "stream":
                 printed.append(message["content"]["text"])
 
-        reply = self.client.execute_interactive(
-            code, output_hook=keep, timeout=PATIENCE
-        )
+        reply = self.client.execute_interactive(code, output_hook=keep, timeout=TIMEOUT)
         assert reply["content"]["status"] == "ok", reply["content"]
         return "".join(printed)
 
-    def run_a_long_call(self) -> str:
-        """Start a cell that waits for the provider; return its message id."""
-        # An interrupted cell aborts what reaches the kernel soon after its error.
-        message: str = self.client.execute(CALL, stop_on_error=False)
+    def start_long_call(self) -> str:
+        """Start a cell that waits for the stub; return its message id."""
+        # By default, an interrupted cell also aborts the requests that follow it.
+        message_id: str = self.client.execute(CALL, stop_on_error=False)
         wait_until(lambda: stats(self.url)["in_flight"] == 1)
-        return message
+        return message_id
 
-    def end(self) -> None:
+    def shut_down(self) -> None:
         self.client.stop_channels()
         self.manager.shutdown_kernel(now=True)
         self.manager.cleanup_resources()
-        for process in self.providers + self.children:
-            if runs(process):
+        for process in self.stubs + self.children:
+            if is_running(process):
                 process.kill()
 
 
-def providers_below(parent: psutil.Process) -> list[psutil.Process]:
+def stubs_started_by(parent: psutil.Process) -> list[psutil.Process]:
     return [
         child
         for child in parent.children(recursive=True)
@@ -113,7 +111,7 @@ def providers_below(parent: psutil.Process) -> list[psutil.Process]:
     ]
 
 
-def runs(process: psutil.Process) -> bool:
+def is_running(process: psutil.Process) -> bool:
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -125,7 +123,7 @@ def ask(url: str, path: str, changes: dict[str, Any] | None = None) -> dict[str,
     data = json.dumps(changes).encode() if changes else None
     method = "PATCH" if changes else "GET"
     request = urllib.request.Request(url + path, data, method=method)
-    with opener.open(request, timeout=PATIENCE) as response:
+    with opener.open(request, timeout=TIMEOUT) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
 
@@ -134,15 +132,15 @@ def stats(url: str) -> dict[str, Any]:
     return ask(url, "/_provider/stats")
 
 
-def wait_until(holds: Callable[[], bool], limit: float = PATIENCE) -> None:
-    deadline = time.monotonic() + limit
-    while not holds():
-        assert time.monotonic() < deadline, f"it took more than {limit} s"
-        time.sleep(POLL)
+def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"it took more than {timeout} s"
+        time.sleep(POLL_INTERVAL)
 
 
-def assert_gone_in_time(providers: list[psutil.Process]) -> None:
-    wait_until(lambda: not any(map(runs, providers)), LIMIT)
+def assert_stop_in_time(stubs: list[psutil.Process]) -> None:
+    wait_until(lambda: not any(map(is_running, stubs)), STOP_TIMEOUT)
 
 
 @pytest.fixture
@@ -152,87 +150,87 @@ def kernel(kernel_manager: type[KernelManager], tmp_path: Path) -> Iterator[Kern
         kernel.connect()
         yield kernel
     finally:
-        kernel.end()
+        kernel.shut_down()
 
 
-def test_the_provider_ends_when_the_kernel_is_shut_down(kernel: Kernel) -> None:
+def test_stub_stops_when_the_kernel_is_shut_down(kernel: Kernel) -> None:
     kernel.manager.shutdown_kernel()
-    assert_gone_in_time(kernel.providers)
+    assert_stop_in_time(kernel.stubs)
 
 
-def test_the_temporary_files_of_a_killed_kernel_go_with_its_manager(
+def test_temporary_files_of_a_killed_kernel_are_removed_with_its_manager(
     kernel_manager: type[KernelManager], tmp_path: Path
 ) -> None:
     kernel = Kernel(kernel_manager, tmp_path)
     try:
-        kernel.client.wait_for_ready(timeout=PATIENCE)
-        made = Path(kernel.run("import tempfile; print(tempfile.mkdtemp(), end='')"))
+        kernel.client.wait_for_ready(timeout=TIMEOUT)
+        folder = Path(kernel.run("import tempfile; print(tempfile.mkdtemp(), end='')"))
         kernel.manager.shutdown_kernel(now=True)
-        assert made.is_dir()
+        assert folder.is_dir()
     finally:
-        kernel.end()
+        kernel.shut_down()
     del kernel
     gc.collect()
-    assert not made.exists()
+    assert not folder.exists()
 
 
-def test_the_provider_ends_when_the_kernel_is_restarted_and_connect_starts_another(
+def test_stub_stops_when_the_kernel_restarts_and_connect_starts_a_new_one(
     kernel: Kernel,
 ) -> None:
     kernel.manager.restart_kernel()
-    assert_gone_in_time(kernel.providers)
+    assert_stop_in_time(kernel.stubs)
     kernel.connect()
     assert stats(kernel.url)["requests"] == 0
 
 
-def test_the_provider_ends_when_the_kernel_is_restarted_in_a_running_cell(
+def test_stub_stops_when_the_kernel_restarts_during_a_call(
     kernel: Kernel,
 ) -> None:
-    kernel.run_a_long_call()
+    kernel.start_long_call()
     kernel.manager.restart_kernel()
-    assert_gone_in_time(kernel.providers)
+    assert_stop_in_time(kernel.stubs)
 
 
-def test_the_provider_survives_an_interrupt_and_answers_afterwards(
+def test_stub_survives_an_interrupt_and_still_answers(
     kernel: Kernel,
 ) -> None:
-    message = kernel.run_a_long_call()
+    message_id = kernel.start_long_call()
     kernel.manager.interrupt_kernel()
-    reply = kernel.client._recv_reply(message, timeout=PATIENCE)
+    reply = kernel.client._recv_reply(message_id, timeout=TIMEOUT)
     assert reply["content"]["ename"] == "KeyboardInterrupt"
-    answered = kernel.run(
+    status = kernel.run(
         "provider.configure(first_token=0)\n"
         "print(urllib.request.urlopen(provider.url + '/v1/completions', body).status)"
     )
-    assert answered.strip() == "200"
-    assert all(map(runs, kernel.providers))
+    assert status.strip() == "200"
+    assert all(map(is_running, kernel.stubs))
 
 
-def test_the_provider_ends_when_the_kernel_is_killed(kernel: Kernel) -> None:
+def test_stub_stops_when_the_kernel_is_killed(kernel: Kernel) -> None:
     kernel.process.kill()
-    assert_gone_in_time(kernel.providers)
+    assert_stop_in_time(kernel.stubs)
 
 
 @posix_only
-def test_the_provider_ends_when_the_kernel_is_killed_and_a_fork_of_it_lives_on(
+def test_stub_stops_when_the_kernel_is_killed_but_its_fork_still_runs(
     kernel: Kernel,
 ) -> None:
     child = psutil.Process(int(kernel.run(FORK)))
     kernel.children.append(child)
     kernel.process.kill()
-    assert_gone_in_time(kernel.providers)
-    assert runs(child), "the fork was to hold the pipe open all the while"
+    assert_stop_in_time(kernel.stubs)
+    assert is_running(child), "the fork must keep the pipe open for the whole test"
 
 
 @pytest.fixture
-def by_hand() -> Iterator[subprocess.Popen[str]]:
+def stub_process() -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "llm_stub", "--port", "0"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job, such as this run may be, ignores SIGINT.
+        # If the tests run as a background job of a shell, SIGINT is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     yield process
@@ -240,45 +238,45 @@ def by_hand() -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_started_by_hand_it_outlives_its_standard_input_and_its_parent() -> None:
-    start_and_leave = (
+def test_manually_started_stub_outlives_its_parent_and_its_standard_input() -> None:
+    start_and_exit = (
         "import subprocess, sys\n"
-        "provider = subprocess.Popen(\n"
+        "stub = subprocess.Popen(\n"
         "    [sys.executable, '-m', 'llm_stub', '--port', '0'],\n"
         "    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)\n"
-        "print(provider.stdout.readline(), flush=True)\n"
+        "print(stub.stdout.readline(), flush=True)\n"
     )
-    left = subprocess.run(
-        [sys.executable, "-c", start_and_leave],
+    parent = subprocess.run(
+        [sys.executable, "-c", start_and_exit],
         stdout=subprocess.PIPE,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=True,
     )
-    ready = json.loads(left.stdout)
-    provider = psutil.Process(ready["pid"])
+    ready = json.loads(parent.stdout)
+    stub = psutil.Process(ready["pid"])
     try:
         with pytest.raises(psutil.TimeoutExpired):
-            provider.wait(LIMIT)
+            stub.wait(STOP_TIMEOUT)
         assert stats(ready["url"])["requests"] == 0
     finally:
-        provider.kill()
+        stub.kill()
 
 
 @posix_only
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_started_by_hand_a_signal_ends_it_during_a_call_without_a_traceback(
-    by_hand: subprocess.Popen[str], end: signal.Signals
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_signal_stops_a_manually_started_stub_during_a_call_without_a_traceback(
+    stub_process: subprocess.Popen[str], stop: signal.Signals
 ) -> None:
-    assert by_hand.stdout is not None
-    url = json.loads(by_hand.stdout.readline())["url"]
+    assert stub_process.stdout is not None
+    url = json.loads(stub_process.stdout.readline())["url"]
     ask(url, "/_provider/config", {"first_token": 600})
     body = b'{"model": "gpt-3.5-turbo-instruct", "prompt": "Hello how are you?"}'
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: provider\r\nContent-Length: %d\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: stub\r\nContent-Length: %d\r\n"
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as caller:
-        caller.sendall(head % len(body) + b"\r\n" + body)
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head % len(body) + b"\r\n" + body)
         wait_until(lambda: stats(url)["in_flight"] == 1)
-        by_hand.send_signal(end)
-        said, errors = by_hand.communicate(timeout=PATIENCE)
-    assert (said, errors) == ("", "")
-    assert by_hand.returncode in {0, -signal.SIGTERM}
+        stub_process.send_signal(stop)
+        stdout, stderr = stub_process.communicate(timeout=TIMEOUT)
+    assert (stdout, stderr) == ("", "")
+    assert stub_process.returncode in {0, -signal.SIGTERM}

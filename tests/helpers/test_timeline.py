@@ -25,7 +25,7 @@ BAR = re.compile(r"\|(.*)\| +(\d+\.\d\d) s$")
 
 @pytest.fixture
 def llm(provider: Provider) -> OpenAI:
-    """A client whose first call, which is slow, has been made."""
+    """A client that has already made its first call, which is slow."""
     llm = OpenAI(max_retries=0)
     with provider.behaving(first_token=0, per_token=0):
         llm.invoke("Hello how are you?")
@@ -34,13 +34,13 @@ def llm(provider: Provider) -> OpenAI:
 
 
 def bars(shown: object) -> list[str]:
-    """What stands between the two bars of each line of the text."""
+    """The text between the two `|` of each line."""
     found = [BAR.search(line) for line in repr(shown).splitlines()]
     return [match[1] for match in found if match]
 
 
 def picture(shown: Any) -> Image.Image:
-    """The picture, after a look at every byte of it."""
+    """The picture, after checking that it's a complete PNG."""
     data = shown._repr_png_()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     Image.open(io.BytesIO(data)).verify()
@@ -51,22 +51,22 @@ def picture(shown: Any) -> Image.Image:
 
 def attempt(number: int, **fields: Any) -> Attempt:
     start = number * 0.01
-    moments = {"arrival": start, "first_byte": start + 0.5, "end": start + 0.6}
-    about = {"prompt": f"Prompt {number}", "attempt": 1, "state": "answered"}
-    return Attempt(**about | moments | fields)
+    times = {"arrival": start, "first_byte": start + 0.5, "end": start + 0.6}
+    request = {"prompt": f"Prompt {number}", "attempt": 1, "state": "answered"}
+    return Attempt(**request | times | fields)
 
 
-def run_of(*attempts: Attempt, name: str = "run") -> Timeline:
+def timeline_of(*attempts: Attempt, name: str = "run") -> Timeline:
     run = Timeline(name)
     run.journal = list(attempts)
-    run.wall = max((one.end for one in attempts), default=0) + 0.01
+    run.wall = max((attempt.end for attempt in attempts), default=0) + 0.01
     return run
 
 
-# What a run's figures are
+# The figures of a run
 
 
-def test_calls_one_after_another(provider: Provider, llm: OpenAI) -> None:
+def test_sequential_calls_never_overlap(provider: Provider, llm: OpenAI) -> None:
     provider.configure(first_token=0.15)
     with Timeline("one by one") as run:
         for prompt in PROMPTS:
@@ -75,7 +75,7 @@ def test_calls_one_after_another(provider: Provider, llm: OpenAI) -> None:
     assert (run.failed, run.cancelled, run.retried) == (0, 0, 0)
     assert 4 * 0.15 <= run.waits <= run.wall
     assert run.overlap <= 1
-    assert [one.prompt for one in run.journal] == PROMPTS
+    assert [attempt.prompt for attempt in run.journal] == PROMPTS
 
 
 def in_threads(llm: OpenAI) -> None:
@@ -90,30 +90,30 @@ def in_coroutines(llm: OpenAI) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("way", [in_threads, in_coroutines])
-def test_calls_at_once(
-    provider: Provider, llm: OpenAI, way: Callable[[OpenAI], None]
+@pytest.mark.parametrize("invoke_all", [in_threads, in_coroutines])
+def test_concurrent_calls_overlap(
+    provider: Provider, llm: OpenAI, invoke_all: Callable[[OpenAI], None]
 ) -> None:
     provider.configure(first_token=0.7)
     with Timeline("at once") as run:
-        way(llm)
+        invoke_all(llm)
     assert (run.calls, run.attempts, run.peak_in_flight) == (4, 4, 4)
     assert run.waits >= 4 * 0.7
     assert 0.7 <= run.wall < run.waits / 2
     assert run.overlap == run.waits / run.wall
-    assert sorted(one.prompt for one in run.journal) == sorted(PROMPTS)
+    assert sorted(attempt.prompt for attempt in run.journal) == sorted(PROMPTS)
 
 
-def test_calls_of_another_process_are_seen(provider: Provider) -> None:
+def test_calls_from_another_process_are_recorded(provider: Provider) -> None:
     request = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1]).read()"
     with Timeline("elsewhere") as run:
         subprocess.run(
             [sys.executable, "-c", request, f"{provider.url}/v1/models"], check=True
         )
-    assert [one.prompt for one in run.journal] == ["GET /v1/models"]
+    assert [attempt.prompt for attempt in run.journal] == ["GET /v1/models"]
 
 
-def test_calls_before_and_after_the_block_are_not_seen(
+def test_calls_before_and_after_the_block_are_not_recorded(
     provider: Provider, llm: OpenAI
 ) -> None:
     provider.configure(first_token=0)
@@ -127,7 +127,7 @@ def test_calls_before_and_after_the_block_are_not_seen(
     assert bars(run) == []
 
 
-def test_a_failed_call(provider: Provider, llm: OpenAI) -> None:
+def test_failed_call_is_counted_and_marked(provider: Provider, llm: OpenAI) -> None:
     provider.configure(first_token=0)
     provider.configure(models=["other"])
     with Timeline("404") as run, pytest.raises(openai.NotFoundError):
@@ -137,10 +137,12 @@ def test_a_failed_call(provider: Provider, llm: OpenAI) -> None:
     assert [bar.strip()[-1] for bar in bars(run)] == ["×"]
 
 
-def test_a_call_that_timed_out_and_was_retried(provider: Provider, llm: OpenAI) -> None:
+def test_timeout_and_retry_are_counted_and_marked(
+    provider: Provider, llm: OpenAI
+) -> None:
     provider.configure(first_token=30)
     impatient = OpenAI(timeout=0.3, max_retries=1)
-    with Timeline("time-out") as run, pytest.raises(openai.APITimeoutError):
+    with Timeline("timeout") as run, pytest.raises(openai.APITimeoutError):
         impatient.invoke(PROMPTS[0])
     assert (run.attempts, run.calls, run.retried, run.cancelled) == (2, 1, 1, 2)
     assert (run.failed, run.peak_in_flight) == (0, 1)
@@ -149,7 +151,7 @@ def test_a_call_that_timed_out_and_was_retried(provider: Provider, llm: OpenAI) 
     assert "(retry 1) Who wrote" in repr(run)
 
 
-def test_a_cancelled_coroutine(
+def test_cancelled_coroutine_is_counted_and_marked(
     provider: Provider, llm: OpenAI, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(first_token=30)
@@ -167,30 +169,30 @@ def test_a_cancelled_coroutine(
     assert [bar.strip()[-1] for bar in bars(run)] == ["/"]
 
 
-def test_a_stream_shows_its_wait_and_its_receiving(
+def test_bar_of_a_stream_shows_waiting_and_receiving(
     provider: Provider, llm: OpenAI
 ) -> None:
     provider.configure(first_token=0.3, per_token=0.03)
     with Timeline("stream") as run:
         list(ChatOpenAI().stream(PROMPTS[0]))
-    [one] = run.journal
-    assert one.first_byte - one.arrival >= 0.3
-    assert one.end - one.first_byte >= 0.2
+    [attempt] = run.journal
+    assert attempt.first_byte - attempt.arrival >= 0.3
+    assert attempt.end - attempt.first_byte >= 0.2
     [bar] = bars(run)
     assert re.fullmatch(r" *░{5,}█{5,} *", bar)
 
 
-# A run whose calls have not ended with it
+# Calls that outlast the run
 
 
 @pytest.fixture
 def in_background() -> Iterator[Callable[[Callable[[], Any]], None]]:
-    """Run something in a thread, and have it ended when the test ends."""
+    """Run a function in a thread; the test waits for it at its end."""
     with ThreadPoolExecutor() as executor:
         yield lambda call: (executor.submit(call), None)[1]
 
 
-def test_a_call_still_in_flight_at_the_end(
+def test_call_still_in_flight_at_the_end_is_shown_up_to_the_end(
     provider: Provider,
     llm: OpenAI,
     in_background: Callable[[Callable[[], Any]], None],
@@ -200,15 +202,15 @@ def test_a_call_still_in_flight_at_the_end(
     with Timeline("left behind") as run:
         in_background(lambda: llm.invoke(PROMPTS[0]))
         until_in_flight(1)
-    [one] = run.journal
-    assert one.state == "in flight"
-    assert one.arrival <= one.first_byte <= one.end == run.wall
+    [attempt] = run.journal
+    assert attempt.state == "in flight"
+    assert attempt.arrival <= attempt.first_byte <= attempt.end == run.wall
     assert (run.calls, run.peak_in_flight, run.failed, run.cancelled) == (1, 1, 0, 0)
     [bar] = bars(run)
     assert bar.endswith(">")
 
 
-def test_a_bar_that_ends_with_the_run_ends_in_the_last_column(
+def test_bar_of_a_call_in_flight_fills_the_last_column(
     provider: Provider,
 ) -> None:
     run = Timeline("any length")
@@ -219,8 +221,8 @@ def test_a_bar_that_ends_with_the_run_ends_in_the_last_column(
         assert bar.endswith(">"), run.wall
 
 
-@pytest.mark.parametrize("per_token", [0, 0.2], ids=["ends", "goes on"])
-def test_what_comes_just_after_the_end_does_not_reach_beyond_it(
+@pytest.mark.parametrize("per_token", [0, 0.2], ids=["ends", "still streaming"])
+def test_bytes_that_arrive_after_the_end_do_not_extend_the_run(
     provider: Provider,
     llm: OpenAI,
     in_background: Callable[[Callable[[], Any]], None],
@@ -232,22 +234,24 @@ def test_what_comes_just_after_the_end_does_not_reach_beyond_it(
     with Timeline("a moment early") as run:
         in_background(lambda: list(chat.stream(PROMPTS[0])))
         until_in_flight(1)
-    [one] = run.journal
-    assert one.arrival <= one.first_byte <= one.end <= run.wall
+    [attempt] = run.journal
+    assert attempt.arrival <= attempt.first_byte <= attempt.end <= run.wall
     assert run.overlap <= 1
     assert [len(bar) for bar in bars(run)] == [COLUMNS]
 
 
-# What can go wrong
+# Errors
 
 
-def test_before_connect_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_before_connect_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_current", None)
     with pytest.raises(ProviderError, match=r"connect\(\)"):
         Timeline("too early").__enter__()
 
 
-def test_a_journal_that_was_reset_on_the_way(provider: Provider, llm: OpenAI) -> None:
+def test_reset_of_the_journal_during_the_run_is_an_error(
+    provider: Provider, llm: OpenAI
+) -> None:
     provider.configure(first_token=0)
 
     def run() -> None:
@@ -260,13 +264,13 @@ def test_a_journal_that_was_reset_on_the_way(provider: Provider, llm: OpenAI) ->
         run()
 
 
-def test_a_provider_that_ended_on_the_way(provider: Provider) -> None:
+def test_stub_that_stops_during_the_run_is_an_error(provider: Provider) -> None:
     message = r"has ended.*connect\(\)"
-    with pytest.raises(ProviderError, match=message), Timeline("ended"):
+    with pytest.raises(ProviderError, match=message), Timeline("stopped"):
         provider.stop()
 
 
-def test_a_provider_that_was_started_anew_on_the_way(provider: Provider) -> None:
+def test_stub_that_is_restarted_during_the_run_is_an_error(provider: Provider) -> None:
     def run() -> None:
         with Timeline("another"):
             provider.stop()
@@ -277,7 +281,7 @@ def test_a_provider_that_was_started_anew_on_the_way(provider: Provider) -> None
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_the_blocks_own_error_is_not_masked(
+def test_error_in_the_block_is_not_masked(
     provider: Provider, llm: OpenAI, live: bool, recorder: "Recorder"
 ) -> None:
     provider.configure(first_token=0)
@@ -292,7 +296,7 @@ def test_the_blocks_own_error_is_not_masked(
         run()
 
 
-def test_after_an_error_in_the_block_the_figures_are_there(
+def test_figures_are_available_after_an_error_in_the_block(
     provider: Provider, llm: OpenAI
 ) -> None:
     provider.configure(first_token=0)
@@ -308,11 +312,11 @@ def test_after_an_error_in_the_block_the_figures_are_there(
     assert run.calls == 1
 
 
-# How a run is shown
+# Text and pictures
 
 
-def test_the_sentence_says_what_the_picture_says() -> None:
-    run = run_of(
+def test_sentence_has_the_figures_of_the_run() -> None:
+    run = timeline_of(
         attempt(0),
         attempt(1, state="failed"),
         attempt(2, state="cancelled", attempt=2),
@@ -323,13 +327,15 @@ def test_the_sentence_says_what_the_picture_says() -> None:
         "0.63 s; the waits add up to 1.80 s."
     )
     assert repr(run).startswith(run.sentence)
-    assert run_of(attempt(0)).sentence.startswith("run: 1 call, at most 1 in flight")
+    assert timeline_of(attempt(0)).sentence.startswith(
+        "run: 1 call, at most 1 in flight"
+    )
 
 
-def test_a_bar_shows_when_and_how_a_call_went() -> None:
+def test_bar_shows_times_and_state_of_a_call() -> None:
     marks = {"answered": "█", "failed": "×", "cancelled": "/", "in flight": ">"}
     for state, mark in marks.items():
-        run = run_of(attempt(0), attempt(50, state=state, prompt="a\n  b"))
+        run = timeline_of(attempt(0), attempt(50, state=state, prompt="a\n  b"))
         first, second = bars(run)
         assert len(first) == len(second) == COLUMNS
         assert re.fullmatch(r"░+█+ *", first)
@@ -337,31 +343,31 @@ def test_a_bar_shows_when_and_how_a_call_went() -> None:
         assert "  a b   " in repr(run)
 
 
-def test_of_many_bars_the_first_are_shown() -> None:
-    run = run_of(*map(attempt, range(ROWS + 5)))
+def test_only_the_first_bars_of_a_long_run_are_shown() -> None:
+    run = timeline_of(*map(attempt, range(ROWS + 5)))
     assert len(bars(run)) == ROWS
     assert repr(run).endswith("… and 5 more")
 
 
-def test_calls_that_only_touch_share_a_lane() -> None:
+def test_back_to_back_calls_share_a_lane() -> None:
     first = attempt(0, arrival=0.0, first_byte=1.0, end=1.0)
-    touching = attempt(1, arrival=1.0, first_byte=2.0, end=2.0)
-    between = attempt(2, arrival=1.5, first_byte=2.5, end=2.5)
-    run = run_of(first, touching, between)
+    next_call = attempt(1, arrival=1.0, first_byte=2.0, end=2.0)
+    overlapping = attempt(2, arrival=1.5, first_byte=2.5, end=2.5)
+    run = timeline_of(first, next_call, overlapping)
     assert run.peak_in_flight == 2
-    assert run.lanes == [[first, touching], [between]]
+    assert run.lanes == [[first, next_call], [overlapping]]
 
 
 @pytest.mark.parametrize("calls", [0, 12, 200])
-def test_the_picture_is_a_png_that_fits_a_page(calls: int) -> None:
+def test_picture_is_a_png_that_fits_a_page(calls: int) -> None:
     states = ["answered", "failed", "cancelled", "in flight"]
-    run = run_of(*[attempt(i, state=states[i % 4]) for i in range(calls)])
+    run = timeline_of(*[attempt(i, state=states[i % 4]) for i in range(calls)])
     width, height = picture(run).size
     assert 600 <= width <= 1200
     assert 50 <= height <= 700
 
 
-def test_a_real_run_of_200_calls_can_be_drawn(provider: Provider) -> None:
+def test_run_of_200_real_calls_can_be_drawn(provider: Provider) -> None:
     provider.configure(first_token=0.01, per_token=0)
 
     async def main() -> None:
@@ -385,18 +391,18 @@ def test_a_real_run_of_200_calls_can_be_drawn(provider: Provider) -> None:
 @pytest.mark.parametrize(
     "text",
     [r"Solve $\frac{$.", "Is $4 < $5? \\alpha_ %d {} <b>&amp;", "日本語で", ""],
-    ids=["formula", "signs", "Japanese", "empty"],
+    ids=["formula", "special characters", "Japanese", "empty"],
 )
-def test_any_prompt_and_any_name_can_be_drawn(text: str) -> None:
-    run = run_of(attempt(0, prompt=text), name=text)
+def test_any_prompt_and_any_name_can_be_drawn_without_warnings(text: str) -> None:
+    run = timeline_of(attempt(0, prompt=text), name=text)
     picture(run)
     picture(Timeline.compare(run, run))
     assert text in repr(run)
 
 
-def test_a_comparison_has_a_row_for_each_run() -> None:
-    slow = run_of(*[attempt(i * 60) for i in range(3)], name="one by one")
-    fast = run_of(*map(attempt, range(3)), name="at once")
+def test_comparison_has_a_row_for_each_run() -> None:
+    slow = timeline_of(*[attempt(i * 60) for i in range(3)], name="one by one")
+    fast = timeline_of(*map(attempt, range(3)), name="at once")
     head, *rows = repr(Timeline.compare(slow, fast)).splitlines()
     assert head.split() == ["wall", "calls", "in", "flight", "waits", "overlap"]
     assert [re.split(r"  +", row) for row in rows] == [
@@ -406,21 +412,21 @@ def test_a_comparison_has_a_row_for_each_run() -> None:
     assert len({len(row) for row in [head, *rows]}) == 1
 
 
-def test_a_comparison_has_one_axis_for_all_runs(
+def test_comparison_has_one_time_axis_for_all_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from matplotlib.figure import Figure
 
-    slow = run_of(attempt(0), attempt(180), name="slow")
-    fast = run_of(attempt(0), name="fast")
+    slow = timeline_of(attempt(0), attempt(180), name="slow")
+    fast = timeline_of(attempt(0), name="fast")
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(
         Figure,
         "savefig",
-        lambda self, *words, **more: (
+        lambda self, *args, **kwargs: (
             drawn.append(self),
-            save(self, *words, **more),
+            save(self, *args, **kwargs),
         )[1],
     )
     picture(Timeline.compare(slow, fast))
@@ -429,11 +435,11 @@ def test_a_comparison_has_one_axis_for_all_runs(
     assert limits == [(0, slow.wall)] * 2
 
 
-# Live
+# Live timelines
 
 
 class Recorder:
-    """Stands in for IPython's display and for the handle that it gives."""
+    """Replaces IPython's display function and the handle that it returns."""
 
     def __init__(self) -> None:
         self.shown: list[Any] = []
@@ -457,7 +463,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def test_live_it_redraws_on_the_way_and_leaves_the_picture(
+def test_live_timeline_redraws_during_the_run_and_ends_with_the_picture(
     provider: Provider,
     llm: OpenAI,
     recorder: Recorder,
@@ -474,7 +480,7 @@ def test_live_it_redraws_on_the_way_and_leaves_the_picture(
         until_in_flight(0)
     *frames, last = recorder.shown
     assert last is run
-    assert [one.state for one in run.journal] == ["answered"]
+    assert [attempt.state for attempt in run.journal] == ["answered"]
     assert "0 calls" in frames[0]["text/plain"]
     assert any(">|" in frame["text/plain"] for frame in frames)
     for frame in frames:
@@ -483,40 +489,40 @@ def test_live_it_redraws_on_the_way_and_leaves_the_picture(
     assert not any("matplotlib" in str(frame) for frame in frames)
 
 
-def test_live_a_redraw_that_comes_late_does_not_change_the_result(
+def test_late_redraw_does_not_change_the_result(
     provider: Provider,
     llm: OpenAI,
     recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     provider.configure(first_token=0)
-    asked, go_on, ask = threading.Event(), threading.Event(), provider.ask
+    redraw_has_asked, never, ask = threading.Event(), threading.Event(), provider.ask
 
-    def slow_for_the_redraw(*words: Any) -> Any:
-        answered = ask(*words)
+    def slow_for_the_redraw(*args: Any) -> Any:
+        response = ask(*args)
         if threading.current_thread() is not threading.main_thread():
-            asked.set()
-            go_on.wait(0.5)
-        return answered
+            redraw_has_asked.set()
+            never.wait(0.5)
+        return response
 
     monkeypatch.setattr(provider, "ask", slow_for_the_redraw)
     with Timeline("race", live=True) as run:
-        assert asked.wait(10)
+        assert redraw_has_asked.wait(10)
         llm.invoke("one")
     assert run.calls == 1
     assert recorder.shown[-1] is run
 
 
-def test_live_ends_with_the_block_whatever_happens(
+def test_redraw_thread_ends_with_the_block_even_after_an_error(
     provider: Provider, recorder: Recorder
 ) -> None:
     before = threading.active_count()
-    with pytest.raises(ProviderError), Timeline("ended", live=True):
+    with pytest.raises(ProviderError), Timeline("stopped", live=True):
         provider.stop()
     assert threading.active_count() == before
 
 
-def test_live_in_a_plain_script_the_figures_are_there(
+def test_live_timeline_in_a_plain_script_has_the_figures(
     provider: Provider, llm: OpenAI
 ) -> None:
     provider.configure(first_token=0)

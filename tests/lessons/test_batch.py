@@ -1,7 +1,7 @@
-"""The batches of lesson 12: killed, cut off, cancelled, expired, and 50,001 lines.
+"""The batch job of lesson 12: killed, disconnected, cancelled, expired, very large.
 
-What runs is the lesson's own code: its cells with the tags `batch`, `request`,
-`missing` and `split`.
+These tests run the lesson's own code: its cells with the tags `batch`,
+`request`, `missing` and `split`.
 """
 
 import asyncio
@@ -29,20 +29,22 @@ from helpers import Timeline
 from helpers.connection import Provider
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "12_let_the_provider_do_it.ipynb"
-PATIENCE = 120.0  # seconds that anything may take on a busy machine
-QUICK = {"delay": 0.02, "longest": 0.2}
-BARELY = 0.001  # lines a second: the first is answered, and then none for long
-MOST_LINES, MOST_BYTES = 50_000, 200_000_000  # of one file, as OpenAI documents it
+TIMEOUT = 120.0  # seconds for any one step, even on a busy machine
+FAST_POLLING = {"delay": 0.02, "longest": 0.2}
+STALLED = 0.001  # lines per second: the first is answered, the second much later
+MAX_LINES, MAX_BYTES = 50_000, 200_000_000  # per file, as documented by OpenAI
+UPLOAD, CREATE = "POST /v1/files", "POST /v1/batches"
 
 Lesson = dict[str, Any]
 
 linux_only = pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux tells a process its own peak"
+    sys.platform != "linux",
+    reason="reads peak memory from /proc, as on Linux",
 )
 
 
-def source(*tags: str) -> str:
-    """The lesson's cells with one of these tags, one below another."""
+def lesson_source(*tags: str) -> str:
+    """The source of all cells of the lesson with any of these tags."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     tagged = [
         cell.source
@@ -55,10 +57,10 @@ def source(*tags: str) -> str:
 
 @pytest.fixture
 async def lesson(provider: Provider) -> AsyncIterator[Lesson]:
-    """What the cells define, with a client of this test's own loop."""
+    """The names that the cells define, with a client for this test's event loop."""
     provider.configure(first_token=0, per_token=0, batch_speed=1e6)
     names: Lesson = {"llm": ChatOpenAI()}
-    exec(source("batch", "request", "missing", "split"), names)
+    exec(lesson_source("batch", "request", "missing", "split"), names)
     yield names
     await names["client"].close()
 
@@ -68,7 +70,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write a job's file; its name keeps the ids and so the digest its own."""
+    """Write an input file. The ids contain its name, so each test has its own job."""
     monkeypatch.chdir(tmp_path)
 
     def write(count: int = 10, name: str = tmp_path.name, **options: Any) -> Path:
@@ -86,64 +88,61 @@ def ids(path: Path) -> set[str]:
     return {json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()}
 
 
-async def finished(lesson: Lesson, batch: Batch) -> Batch:
-    async with asyncio.timeout(PATIENCE):
-        ended: Batch = await lesson["finished"](batch.id, **QUICK)
+async def wait_for_end(lesson: Lesson, batch: Batch) -> Batch:
+    async with asyncio.timeout(TIMEOUT):
+        ended: Batch = await lesson["finished"](batch.id, **FAST_POLLING)
         return ended
 
 
-async def ran(lesson: Lesson, path: Path) -> tuple[Batch, Any, Any]:
-    """Submit, wait and collect, as the lesson's own `run` does."""
-    batch = await finished(lesson, await lesson["submit"](path))
+async def run_job(lesson: Lesson, path: Path) -> tuple[Batch, Any, Any]:
+    """Submit, wait and collect, like the lesson's own `run`."""
+    batch = await wait_for_end(lesson, await lesson["submit"](path))
     return batch, *await lesson["collect"](batch)
 
 
-async def begun(lesson: Lesson, batch: Batch) -> None:
-    async with asyncio.timeout(PATIENCE):
+async def wait_for_first_answer(lesson: Lesson, batch: Batch) -> None:
+    async with asyncio.timeout(TIMEOUT):
         while batch.request_counts and not batch.request_counts.completed:
             batch = await lesson["client"].batches.retrieve(batch.id)
 
 
-async def ended_early(
-    lesson: Lesson, provider: Provider, path: Path, end: str
+async def run_until(
+    status: str, lesson: Lesson, provider: Provider, path: Path
 ) -> Batch:
-    """Submit a batch that is cancelled, or expires, after its first answer."""
-    window = 1 if end == "expired" else 60
-    with provider.behaving(batch_speed=BARELY, batch_window=window):
+    """Submit a batch that is cancelled or expires after its first answer."""
+    window = 1 if status == "expired" else 60
+    with provider.behaving(batch_speed=STALLED, batch_window=window):
         batch = await lesson["submit"](path)
-        if end == "cancelled":
-            await begun(lesson, batch)
+        if status == "cancelled":
+            await wait_for_first_answer(lesson, batch)
             await lesson["client"].batches.cancel(batch.id)
-        batch = await finished(lesson, batch)
-    assert batch.status == end
+        batch = await wait_for_end(lesson, batch)
+    assert batch.status == status
     return batch
 
 
-async def orders(lesson: Lesson, path: Path) -> list[Batch]:
-    """All batches for this file that the provider knows, the newest first."""
+async def batches_for(lesson: Lesson, path: Path) -> list[Batch]:
+    """All batches that the stub has for this file, newest first."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     listed = [batch async for batch in lesson["client"].batches.list()]
     return [batch for batch in listed if batch.metadata == {"job": digest}]
 
 
 def posts(run: Timeline) -> list[str]:
-    """What was sent to files and batches that is more than a question."""
+    """The POST requests to files and batches; polling uses GET."""
     return [one.prompt for one in run.journal if one.prompt.startswith("POST")]
 
 
-UPLOAD, ORDER = "POST /v1/files", "POST /v1/batches"
+# Request lines
 
 
-# What a line holds
-
-
-async def test_a_lines_body_is_what_langchains_client_sends(lesson: Lesson) -> None:
+async def test_body_of_a_request_line_is_what_chatopenai_sends(lesson: Lesson) -> None:
     sent: list[Any] = []
 
-    def keep(request: Any) -> None:
+    def record(request: Any) -> None:
         sent.append(json.loads(request.read()))
 
-    with openai.DefaultHttpxClient(event_hooks={"request": [keep]}) as connections:
+    with openai.DefaultHttpxClient(event_hooks={"request": [record]}) as connections:
         llm = ChatOpenAI(http_client=connections, temperature=0.5)
         llm.invoke("Who wrote Hamlet?")
 
@@ -152,12 +151,12 @@ async def test_a_lines_body_is_what_langchains_client_sends(lesson: Lesson) -> N
     assert line["url"] == "/v1/chat/completions"
 
 
-async def test_the_answers_are_the_live_ones(lesson: Lesson, write: Write) -> None:
+async def test_batch_answers_equal_live_answers(lesson: Lesson, write: Write) -> None:
     path = write(5)
 
-    _, answers, errors = await ran(lesson, path)
+    _, answers, errors = await run_job(lesson, path)
 
-    # Not abatch: LangChain would keep its connections, which belong to this loop.
+    # Not abatch: LangChain would keep connections that belong to this event loop.
     live = lesson["llm"].batch([f"Question {n}" for n in range(5)])
     expected = {f"{path.stem}-{n}": live[n].content for n in range(5)}
     assert (answers, errors) == (expected, {})
@@ -166,7 +165,7 @@ async def test_the_answers_are_the_live_ones(lesson: Lesson, write: Write) -> No
 # Polling
 
 
-async def test_it_asks_less_and_less_often_up_to_a_bound(lesson: Lesson) -> None:
+async def test_polling_slows_down_up_to_a_maximum_interval(lesson: Lesson) -> None:
     states = ["validating"] + ["in_progress"] * 14 + ["finalizing", "completed"]
     waits: list[float] = []
 
@@ -189,9 +188,9 @@ async def test_it_asks_less_and_less_often_up_to_a_bound(lesson: Lesson) -> None
     assert waits[-1] == 600
 
 
-# Killed
+# Killed and resumed
 
-LAST_LINES = """
+MAIN = """
 async def main(path):
     batch = await submit(path)
     print(batch.id, flush=True)
@@ -208,25 +207,24 @@ upload = client.files.create
 async def upload_and_wait(**options):
     await upload(**options)
     print("uploaded", flush=True)
-    await asyncio.Event().wait()
+    await asyncio.Event().wait()  # until the test kills this process
 
 client.files.create = upload_and_wait
 """
-STOP_IN_DOWNLOAD = """
-real_replace = Path.replace
+STOP_BEFORE_RENAME = """
+import threading
 
 def replace(path, target):
     print("downloaded", flush=True)
-    import threading
-    threading.Event().wait()
+    threading.Event().wait()  # until the test kills this process
 
 Path.replace = replace
 """
 
 
-def start(path: Path, change: str = "") -> subprocess.Popen[str]:
+def start(path: Path, patch: str = "") -> subprocess.Popen[str]:
     program = path.with_name("batch.py")
-    program.write_text(source("batch") + change + LAST_LINES)
+    program.write_text(lesson_source("batch") + patch + MAIN)
     return subprocess.Popen(
         [sys.executable, str(program), str(path)],
         stdout=subprocess.PIPE,
@@ -235,125 +233,129 @@ def start(path: Path, change: str = "") -> subprocess.Popen[str]:
     )
 
 
-def lines_of(child: subprocess.Popen[str], last: str | None = None) -> list[str]:
-    """What it prints, to its end or until it is killed at the line `last`."""
-    too_late = threading.Timer(PATIENCE, child.kill)
-    too_late.start()
+def read_output(child: subprocess.Popen[str], kill_at: str | None = None) -> list[str]:
+    """Return the lines that it prints.
+
+    Kills it at the first line that starts with `kill_at`.
+    """
+    watchdog = threading.Timer(TIMEOUT, child.kill)
+    watchdog.start()
     printed = []
     with child:
         assert child.stdout is not None
         for line in child.stdout:
             printed.append(line.strip())
-            if last is not None and printed[-1].startswith(last):
+            if kill_at is not None and printed[-1].startswith(kill_at):
                 child.kill()
-    too_late.cancel()
+    watchdog.cancel()
     if os.name != "nt":
-        assert child.returncode == (0 if last is None else -signal.SIGKILL)
+        assert child.returncode == (0 if kill_at is None else -signal.SIGKILL)
     return printed
 
 
-async def test_who_is_killed_after_the_order_is_followed_by_one_who_finds_it(
+async def test_job_killed_after_creating_its_batch_resumes_that_batch(
     lesson: Lesson, write: Write, provider: Provider
 ) -> None:
     path = write()
-    provider.configure(batch_speed=BARELY)
+    provider.configure(batch_speed=STALLED)
 
     with Timeline("killed") as killed:
-        printed = lines_of(start(path), last="batch_")
+        printed = read_output(start(path), kill_at="batch_")
     provider.configure(batch_speed=1e6)
-    with Timeline("gone on") as gone_on:
-        again = lines_of(start(path))
+    with Timeline("resumed") as resumed:
+        printed_again = read_output(start(path))
 
-    assert posts(killed) == [UPLOAD, ORDER]
-    assert posts(gone_on) == []
-    assert again == [*printed, "completed", "10 0"]
-    assert len(await orders(lesson, path)) == 1
+    assert posts(killed) == [UPLOAD, CREATE]
+    assert posts(resumed) == []
+    assert printed_again == [*printed, "completed", "10 0"]
+    assert len(await batches_for(lesson, path)) == 1
 
 
-async def test_a_kill_between_upload_and_order_costs_a_second_upload_and_no_more(
+async def test_job_killed_between_upload_and_create_repeats_only_the_upload(
     lesson: Lesson, write: Write
 ) -> None:
     path = write()
 
     with Timeline("killed") as killed:
-        lines_of(start(path, STOP_AFTER_UPLOAD), last="uploaded")
-    assert await orders(lesson, path) == []
-    with Timeline("gone on") as gone_on:
-        again = lines_of(start(path))
+        read_output(start(path, STOP_AFTER_UPLOAD), kill_at="uploaded")
+    assert await batches_for(lesson, path) == []
+    with Timeline("resumed") as resumed:
+        printed_again = read_output(start(path))
 
     assert posts(killed) == [UPLOAD]
-    assert posts(gone_on) == [UPLOAD, ORDER]
-    assert again[1:] == ["completed", "10 0"]
-    assert len(await orders(lesson, path)) == 1
+    assert posts(resumed) == [UPLOAD, CREATE]
+    assert printed_again[1:] == ["completed", "10 0"]
+    assert len(await batches_for(lesson, path)) == 1
 
 
-async def test_a_kill_in_the_download_leaves_no_half_file_and_orders_nothing_again(
+async def test_job_killed_during_download_leaves_no_partial_file_and_resumes(
     lesson: Lesson, write: Write
 ) -> None:
     path = write()
 
-    lines_of(start(path, STOP_IN_DOWNLOAD), last="downloaded")
-    [batch] = await orders(lesson, path)
+    read_output(start(path, STOP_BEFORE_RENAME), kill_at="downloaded")
+    [batch] = await batches_for(lesson, path)
     assert not path.with_name(f"{batch.output_file_id}.jsonl").exists()
-    with Timeline("gone on") as gone_on:
-        again = lines_of(start(path))
+    with Timeline("resumed") as resumed:
+        printed_again = read_output(start(path))
 
-    assert posts(gone_on) == []
-    assert again == [batch.id, "completed", "10 0"]
+    assert posts(resumed) == []
+    assert printed_again == [batch.id, "completed", "10 0"]
 
 
-class Lossy(openai.DefaultAsyncHttpxClient):
-    """Loses the answer to the first order: the provider has it, we do not know."""
+class LoseFirstCreateResponse(openai.DefaultAsyncHttpxClient):
+    """Drops the response to the first create request, after the stub has handled it."""
 
     lost = False
 
     async def send(self, request: Any, **options: Any) -> Any:
         response = await super().send(request, **options)
-        if not self.lost and f"{request.method} {request.url.path}" == ORDER:
+        if not self.lost and f"{request.method} {request.url.path}" == CREATE:
             self.lost = True
             await response.aclose()
-            # httpx or, from openai 3 on, httpx2: the SDK retries its own errors only.
+            # The SDK retries only errors of the HTTP library that it uses: httpx, or
+            # httpx2 since openai 3.
             http = import_module(type(request).__module__.partition(".")[0])
-            raise http.ReadError("lost", request=request)
+            raise http.ReadError("response lost", request=request)
         return response
 
 
-async def test_an_order_whose_answer_is_lost_is_found_and_not_placed_again(
+async def test_lost_create_response_does_not_lead_to_a_second_batch(
     lesson: Lesson, write: Write
 ) -> None:
     path = write()
     await lesson["client"].close()
-    lesson["client"] = openai.AsyncOpenAI(http_client=Lossy())
+    lesson["client"] = openai.AsyncOpenAI(http_client=LoseFirstCreateResponse())
 
     with pytest.raises(openai.APIConnectionError):
         await lesson["submit"](path)
-    batch, answers, _ = await ran(lesson, path)
+    batch, answers, _ = await run_job(lesson, path)
 
     assert len(answers) == 10
-    assert await orders(lesson, path) == [batch]
+    assert await batches_for(lesson, path) == [batch]
 
 
-async def test_with_the_sdks_own_retries_it_would_be_placed_twice(
+async def test_sdk_retries_alone_would_create_the_batch_twice(
     lesson: Lesson, write: Write
 ) -> None:
     path = write()
-    async with openai.AsyncOpenAI(http_client=Lossy()) as client:
+    async with openai.AsyncOpenAI(http_client=LoseFirstCreateResponse()) as client:
         file = await client.files.create(file=path, purpose="batch")
-        with Timeline("orders") as run:
+        with Timeline("created twice") as run:
             await client.batches.create(
                 input_file_id=file.id,
                 endpoint="/v1/chat/completions",
                 completion_window="24h",
             )
 
-    assert posts(run) == [ORDER, ORDER]
+    assert posts(run) == [CREATE, CREATE]
 
 
-async def test_another_content_is_another_job_and_another_name_is_not(
+async def test_job_is_identified_by_the_files_content_and_not_its_name(
     lesson: Lesson, write: Write
 ) -> None:
     path = write()
-    first, *_ = await ran(lesson, path)
+    first, *_ = await run_job(lesson, path)
 
     same = await lesson["submit"](path.rename(path.with_name("moved.jsonl")))
     other = await lesson["submit"](write(temperature=0.5))
@@ -362,10 +364,10 @@ async def test_another_content_is_another_job_and_another_name_is_not(
     assert other.id != first.id
 
 
-# Every line is accounted for
+# Every line ends as an answer or an error
 
 
-async def test_of_a_completed_batch_each_line_is_an_answer_or_an_error(
+async def test_every_line_of_a_completed_batch_is_an_answer_or_an_error(
     lesson: Lesson, write: Write
 ) -> None:
     path, bad = write(30), {3, 4, 17, 29}
@@ -374,7 +376,7 @@ async def test_of_a_completed_batch_each_line_is_an_answer_or_an_error(
         lines[n] = lesson["request"](f"{path.stem}-{n}", "Who?", max_tokens=0)
     path.write_bytes(b"".join(lines))
 
-    batch, answers, errors = await ran(lesson, path)
+    batch, answers, errors = await run_job(lesson, path)
 
     assert batch.status == "completed"
     assert errors.keys() == {f"{path.stem}-{n}" for n in bad}
@@ -382,64 +384,64 @@ async def test_of_a_completed_batch_each_line_is_an_answer_or_an_error(
     assert answers.keys() == ids(path) - errors.keys()
 
 
-@pytest.mark.parametrize("end", ["cancelled", "expired"])
-async def test_at_a_bad_end_the_unfinished_lines_are_named(
-    lesson: Lesson, write: Write, provider: Provider, end: str
+@pytest.mark.parametrize("status", ["cancelled", "expired"])
+async def test_unfinished_lines_of_a_cancelled_or_expired_batch_are_errors(
+    lesson: Lesson, write: Write, provider: Provider, status: str
 ) -> None:
     path = write()
 
-    batch = await ended_early(lesson, provider, path, end)
+    batch = await run_until(status, lesson, provider, path)
     answers, errors = await lesson["collect"](batch)
 
-    assert {error["code"] for error in errors.values()} == {f"batch_{end}"}
+    assert {error["code"] for error in errors.values()} == {f"batch_{status}"}
     assert 0 < len(answers) < 10
     assert not answers.keys() & errors.keys()
     assert answers.keys() | errors.keys() == ids(path)
 
 
-@pytest.mark.parametrize("end", ["cancelled", "expired"])
-async def test_what_is_missing_at_a_bad_end_is_run_again_and_nothing_else(
-    lesson: Lesson, write: Write, provider: Provider, end: str
+@pytest.mark.parametrize("status", ["cancelled", "expired"])
+async def test_only_the_missing_lines_of_an_unfinished_batch_are_rerun(
+    lesson: Lesson, write: Write, provider: Provider, status: str
 ) -> None:
     path = write()
-    batch = await ended_early(lesson, provider, path, end)
+    batch = await run_until(status, lesson, provider, path)
     answers, _ = await lesson["collect"](batch)
     rest = path.with_name("rest.jsonl")
     rest.write_bytes(b"".join(lesson["missing"](path, answers)))
 
-    _, more, _ = await ran(lesson, rest)
+    _, more, _ = await run_job(lesson, rest)
 
     assert ids(rest) == ids(path) - answers.keys()
     assert more.keys() == ids(rest)
     assert len(answers | more) == 10
 
 
-async def test_nothing_is_missing_where_all_is_answered(
+async def test_missing_is_empty_when_every_line_has_an_answer(
     lesson: Lesson, write: Write
 ) -> None:
     path = write(3)
-    _, answers, _ = await ran(lesson, path)
+    _, answers, _ = await run_job(lesson, path)
     assert list(lesson["missing"](path, answers)) == []
 
 
-async def test_a_batch_that_ended_with_answers_is_not_ordered_again(
+async def test_cancelled_batch_with_answers_is_reused(
     lesson: Lesson, write: Write, provider: Provider
 ) -> None:
     path = write()
-    with provider.behaving(batch_speed=BARELY):
+    with provider.behaving(batch_speed=STALLED):
         batch = await lesson["submit"](path)
-        await begun(lesson, batch)
+        await wait_for_first_answer(lesson, batch)
         await lesson["client"].batches.cancel(batch.id)
-        await finished(lesson, batch)
+        await wait_for_end(lesson, batch)
 
     assert (await lesson["submit"](path)).id == batch.id
 
 
-async def test_a_batch_that_ended_without_an_answer_is_ordered_again(
+async def test_completed_batch_without_any_answer_is_replaced_by_a_new_one(
     lesson: Lesson, write: Write
 ) -> None:
     path = write(2, max_tokens=0)
-    first, answers, errors = await ran(lesson, path)
+    first, answers, errors = await run_job(lesson, path)
     assert (answers, errors.keys()) == ({}, ids(path))
 
     second = await lesson["submit"](path)
@@ -447,23 +449,23 @@ async def test_a_batch_that_ended_without_an_answer_is_ordered_again(
     assert second.id != first.id
 
 
-async def test_a_file_that_is_not_in_order_gives_no_answer_and_no_error(
+async def test_file_that_fails_validation_yields_no_answers_and_no_errors(
     lesson: Lesson, write: Write
 ) -> None:
     path = write(2)
     path.write_bytes(path.read_bytes() * 2)
 
-    batch, answers, errors = await ran(lesson, path)
+    batch, answers, errors = await run_job(lesson, path)
 
     assert batch.status == "failed"
     assert batch.errors
-    told = [(one.line, one.code) for one in batch.errors.data or []]
-    assert told == [(3, "duplicate_custom_id"), (4, "duplicate_custom_id")]
+    reported = [(error.line, error.code) for error in batch.errors.data or []]
+    assert reported == [(3, "duplicate_custom_id"), (4, "duplicate_custom_id")]
     assert (answers, errors) == ({}, {})
 
 
 @pytest.mark.parametrize(
-    ("response", "error", "told"),
+    ("response", "error", "expected"),
     [
         ({"status_code": 500, "body": {}}, None, {"status_code": 500, "body": {}}),
         ({"status_code": 0, "body": None}, None, {"status_code": 0, "body": None}),
@@ -471,67 +473,67 @@ async def test_a_file_that_is_not_in_order_gives_no_answer_and_no_error(
         (None, None, {}),
     ],
 )
-async def test_a_line_without_status_200_is_an_error_whatever_it_holds(
-    lesson: Lesson, tmp_path: Path, response: Any, error: Any, told: Any
+async def test_any_result_without_status_200_is_an_error(
+    lesson: Lesson, tmp_path: Path, response: Any, error: Any, expected: Any
 ) -> None:
     path = tmp_path / "output.jsonl"
     line = {"custom_id": "a", "response": response, "error": error}
     path.write_text(json.dumps(line) + "\n")
 
-    assert list(lesson["read"](path)) == [("a", None, told)]
+    assert list(lesson["read"](path)) == [("a", None, expected)]
 
 
-# Cut into parts
+# Splitting a large file
 
 
 @pytest.fixture
 def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     names: Lesson = {"Path": Path}
-    exec(source("split"), names)
+    exec(lesson_source("split"), names)
     return names["split"]
 
 
-def lines(count: int, seed: int) -> list[bytes]:
+def random_lines(count: int, seed: int) -> list[bytes]:
     rng = random.Random(seed)
     return [b"x" * rng.randint(0, 20) + b"\n" for _ in range(count)]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_part_keeps_both_limits_and_the_parts_are_the_whole(
+def test_parts_are_full_within_both_limits_and_add_up_to_the_input(
     split: Any, seed: int
 ) -> None:
-    rng, whole = random.Random(seed), lines(100, seed)
-    most_lines, most_bytes = rng.randint(1, 20), rng.randint(21, 150)
+    rng, whole = random.Random(seed), random_lines(100, seed)
+    max_lines, max_bytes = rng.randint(1, 20), rng.randint(21, 150)
 
-    parts = [path.read_bytes() for path in split(whole, "part", most_lines, most_bytes)]
+    parts = [path.read_bytes() for path in split(whole, "part", max_lines, max_bytes)]
 
     assert b"".join(parts) == b"".join(whole)
     for part, following in zip(parts, [*parts[1:], None], strict=True):
-        assert 0 < len(part) <= most_bytes
-        assert part.count(b"\n") <= most_lines
-        if following is not None:  # there was no room for one more line
-            more = part + following[: following.index(b"\n") + 1]
-            assert len(more) > most_bytes or more.count(b"\n") > most_lines
+        assert 0 < len(part) <= max_bytes
+        assert part.count(b"\n") <= max_lines
+        if following is not None:  # the next line would not have fit
+            larger = part + following[: following.index(b"\n") + 1]
+            assert len(larger) > max_bytes or larger.count(b"\n") > max_lines
 
 
-def test_what_just_fits_stays_together(split: Any) -> None:
+def test_lines_that_just_fit_stay_in_one_part(split: Any) -> None:
     whole = [b"12345678\n"] * 4
     assert len(list(split(whole, "lines", most_lines=4))) == 1
     assert len(list(split(whole, "bytes", most_bytes=36))) == 1
     assert len(list(split(whole, "more", most_bytes=35))) == 2
 
 
-def test_no_lines_no_parts(split: Any) -> None:
+def test_empty_input_has_no_parts(split: Any) -> None:
     assert list(split([], "part")) == []
 
 
-def test_a_last_line_without_a_line_break_is_kept(split: Any) -> None:
+def test_last_line_without_a_newline_is_kept(split: Any) -> None:
     paths = list(split([b"a\n", b"b\n", b"c"], "part", most_lines=2))
     assert [path.read_bytes() for path in paths] == [b"a\nb\n", b"c"]
 
 
-def test_a_line_larger_than_a_file_may_be_is_an_error_that_shows_it(split: Any) -> None:
+def test_line_above_the_size_limit_raises_an_error_that_quotes_it(split: Any) -> None:
     whole = [b"1\n", b'{"custom_id": "long"' + b"x" * 100]
 
     with pytest.raises(
@@ -542,11 +544,11 @@ def test_a_line_larger_than_a_file_may_be_is_an_error_that_shows_it(split: Any) 
     assert len(str(error.value)) < 120
 
 
-def test_the_limits_are_the_documented_ones(split: Any) -> None:
-    assert split.__defaults__ == (MOST_LINES, MOST_BYTES)
+def test_default_limits_are_the_ones_openai_documents(split: Any) -> None:
+    assert split.__defaults__ == (MAX_LINES, MAX_BYTES)
 
 
-# Not getrusage(): its peak begins with that of the process that started this one.
+# Not getrusage(): a child process starts with the peak of its parent.
 PEAK = """
 import re
 
@@ -574,13 +576,15 @@ print(json.dumps([peak() - before, paths]))
 
 
 @linux_only
-def test_120_000_requests_are_built_and_split_in_little_memory(tmp_path: Path) -> None:
+def test_building_and_splitting_120_000_requests_uses_little_memory(
+    tmp_path: Path,
+) -> None:
     program = tmp_path / "build.py"
-    # `split` needs what the first cell imports; the client is not for here.
-    program.write_text(source("batch", "request", "split") + BUILD)
+    # `split` needs the imports of the first cell, which also builds a client.
+    program.write_text(lesson_source("batch", "request", "split") + BUILD)
     environ = {**os.environ, "OPENAI_API_KEY": "none"}
 
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(program), "120000"],
         capture_output=True,
         text=True,
@@ -588,13 +592,13 @@ def test_120_000_requests_are_built_and_split_in_little_memory(tmp_path: Path) -
         env=environ,
     )
 
-    assert done.stderr == ""
-    grown, paths = json.loads(done.stdout)
+    assert result.stderr == ""
+    growth, paths = json.loads(result.stdout)
     whole = (tmp_path / "whole.jsonl").read_bytes()
     parts = [(tmp_path / path).read_bytes() for path in paths]
     assert len(whole) > 20_000_000
-    assert grown < 2_000_000
-    assert [part.count(b"\n") for part in parts] == [MOST_LINES, MOST_LINES, 20_000]
+    assert growth < 2_000_000
+    assert [part.count(b"\n") for part in parts] == [MAX_LINES, MAX_LINES, 20_000]
     assert b"".join(parts) == whole
 
 
@@ -623,14 +627,14 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 @linux_only
-async def test_a_job_of_50_001_lines_is_answered_without_being_held_in_memory(
+async def test_running_a_job_of_50_001_lines_does_not_load_it_into_memory(
     lesson: Lesson, write: Write, split: Any, tmp_path: Path
 ) -> None:
-    small, large = write(10, "small"), write(MOST_LINES + 1, "large")
+    small, large = write(10, "small"), write(MAX_LINES + 1, "large")
     with large.open("rb") as file:
         paths = list(split(file, "part"))
     program = tmp_path / "run.py"
-    program.write_text(source("batch") + RUN)
+    program.write_text(lesson_source("batch") + RUN)
 
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, program, small, *paths),
@@ -638,15 +642,15 @@ async def test_a_job_of_50_001_lines_is_answered_without_being_held_in_memory(
         stderr=subprocess.PIPE,
         cwd=tmp_path,
     )
-    out, errors = await asyncio.wait_for(child.communicate(), PATIENCE)
+    out, errors = await asyncio.wait_for(child.communicate(), TIMEOUT)
 
     assert errors == b""
-    grown, counts = json.loads(out)
-    answered: Iterator[Path] = tmp_path.glob("part-*.answers")
-    assert counts == [MOST_LINES, 1]
-    assert sum(path.stat().st_size for path in answered) > 40_000_000
-    assert grown < 15_000_000
-    told = set()
+    growth, counts = json.loads(out)
+    downloads: Iterator[Path] = tmp_path.glob("part-*.answers")
+    assert counts == [MAX_LINES, 1]
+    assert sum(path.stat().st_size for path in downloads) > 40_000_000
+    assert growth < 15_000_000
+    answered = set()
     for path in tmp_path.glob("part-*.answers"):
-        told |= {id for id, _, _ in lesson["read"](path)}
-    assert told == ids(large)
+        answered |= {id for id, _, _ in lesson["read"](path)}
+    assert answered == ids(large)

@@ -1,4 +1,4 @@
-"""Lesson 11's cells on a cluster whose processes were started by hand."""
+"""Lesson 11's code on a cluster whose processes were started separately."""
 
 import os
 import signal
@@ -21,14 +21,14 @@ LESSON = Path(__file__).parents[2] / "notebooks" / "11_use_more_than_one_process
 DASK = [sys.executable, "-m", "dask"]
 PROMPTS = [f"Question {number}" for number in range(48)]
 
-Run = Callable[[list[str], int], list[Any]]  # prompts, size of a chunk -> results
+Run = Callable[[list[str], int], list[Any]]  # prompts, chunk size -> results
 
 
 @pytest.fixture(scope="module")
 def lesson() -> dict[str, Any]:
     """The names that the lesson's cells with the tag `cluster` define.
 
-    They belong to `__main__`, as in a notebook: so they travel by value.
+    They belong to `__main__`, as in a notebook, so Dask pickles them by value.
     """
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in nbformat.read(LESSON, as_version=4).cells:
@@ -39,10 +39,10 @@ def lesson() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cluster(
-    stopped_at_the_end: None, tmp_path_factory: pytest.TempPathFactory
+    stop_stub_at_exit: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Client]:
-    """A client by address; scheduler and two workers by the commands of the lesson."""
-    connect()  # the workers find the provider in their environment
+    """A client of a scheduler and two workers, started with the lesson's commands."""
+    connect()  # sets the environment variables that point the workers at the stub
     folder = tmp_path_factory.mktemp("cluster")
     quiet = {"DASK_LOGGING__DISTRIBUTED": "error"}
     with ExitStack() as stack:
@@ -62,8 +62,8 @@ def cluster(
         file = str(folder / "scheduler.json")
         here = ("--host", "127.0.0.1")
         start("scheduler", *here, "--port=0", "--scheduler-file", file, name="s")
-        with Client(scheduler_file=file, timeout=60) as found:
-            address = found.scheduler.address
+        with Client(scheduler_file=file, timeout=60) as first_client:
+            address = first_client.scheduler.address
         for name in ("a", "b"):
             start("worker", address, *here, "--nthreads=2", name=name)
         assert address.startswith("tcp://")
@@ -74,7 +74,7 @@ def cluster(
 
 @pytest.fixture
 def client(cluster: Client, lesson: dict[str, Any]) -> Client:
-    """Both workers are there and have the lesson's plugin, eight calls each."""
+    """A client with two workers, each with the lesson's plugin and eight slots."""
     cluster.wait_for_workers(2, timeout=60)
     cluster.register_plugin(lesson["Calls"](max_concurrency=8))
     return cluster
@@ -82,53 +82,53 @@ def client(cluster: Client, lesson: dict[str, Any]) -> Client:
 
 @pytest.fixture
 def run(client: Client, lesson: dict[str, Any]) -> Run:
-    """All results, in the order of the prompts."""
+    """Run the prompts; return all results in prompt order."""
 
     def run(prompts: list[str], size: int) -> list[Any]:
-        found = dict(lesson["done_chunks"](client, prompts, size))
-        return [text for number in sorted(found) for text in found[number]]
+        chunks = dict(lesson["done_chunks"](client, prompts, size))
+        return [text for number in sorted(chunks) for text in chunks[number]]
 
     return run
 
 
-def test_the_answers_come_in_the_order_of_the_prompts_from_both_workers(
+def test_answers_from_both_workers_are_in_prompt_order(
     provider: Provider, client: Client, run: Run
 ) -> None:
     provider.configure(first_token=0.5)
 
     with Timeline("cluster") as seen:
         answers = run(PROMPTS, 8)
-    again = run(PROMPTS, 5)  # whatever the size of a chunk
+    again = run(PROMPTS, 5)  # for any chunk size
 
     assert answers == again
     assert len(set(answers)) == len(PROMPTS)
     assert seen.attempts == len(PROMPTS)
-    assert seen.peak_in_flight == 16  # eight in each
+    assert seen.peak_in_flight == 16  # eight per worker
 
 
-def test_a_worker_that_is_killed_costs_calls_and_no_answers(
+def test_killing_a_worker_repeats_calls_but_loses_no_answers(
     provider: Provider, client: Client, lesson: dict[str, Any], run: Run
 ) -> None:
     provider.configure(first_token=0.5)
     before = run(PROMPTS, 8)
-    found: dict[int, list[str]] = {}
+    chunks: dict[int, list[str]] = {}
 
     with Timeline("killed") as seen:
         for number, answers in lesson["done_chunks"](client, PROMPTS, 8):
-            assert number not in found
-            found[number] = answers
-            if len(found) == 3:
-                in_work = client.processing()
-                busy = max(in_work, key=lambda worker: len(in_work[worker]))
-                process_id = client.run(os.getpid, workers=[busy])[busy]
+            assert number not in chunks
+            chunks[number] = answers
+            if len(chunks) == 3:
+                processing = client.processing()
+                busiest = max(processing, key=lambda worker: len(processing[worker]))
+                process_id = client.run(os.getpid, workers=[busiest])[busiest]
                 os.kill(process_id, signal.SIGKILL)
 
-    assert [text for number in sorted(found) for text in found[number]] == before
+    assert [text for number in sorted(chunks) for text in chunks[number]] == before
     assert seen.attempts > len(PROMPTS)
-    assert seen.attempts <= len(PROMPTS) + 32  # in work, or done and not yet fetched
+    assert seen.attempts <= len(PROMPTS) + 32  # running, or done but not yet fetched
 
 
-def test_a_worker_that_has_died_is_replaced_by_one_that_is_set_up_alike(
+def test_dead_worker_is_replaced_by_one_with_the_same_plugin(
     provider: Provider, client: Client, run: Run
 ) -> None:
     before = set(client.nthreads())
@@ -142,58 +142,59 @@ def test_a_worker_that_has_died_is_replaced_by_one_that_is_set_up_alike(
     assert len(set(client.nthreads()) - before) == 1
 
 
-def test_an_error_stands_in_its_place_and_the_others_are_answered(
+def test_failed_prompt_has_its_error_in_its_place_and_the_others_are_answered(
     provider: Provider, run: Run
 ) -> None:
-    # The SDK's own error cannot be unpickled: sent as it is, its chunk never came.
+    # The SDK's own errors can't be unpickled. Returned unchanged, one would keep its
+    # whole chunk from arriving.
     provider.configure(faults_by_prompt={"Question 5": ["error_500"] * 9})
 
     answers: list[Any] = []
-    asking = Thread(target=lambda: answers.extend(run(PROMPTS[:16], 8)), daemon=True)
-    asking.start()
-    asking.join(60)
+    thread = Thread(target=lambda: answers.extend(run(PROMPTS[:16], 8)), daemon=True)
+    thread.start()
+    thread.join(60)
 
-    assert not asking.is_alive()
+    assert not thread.is_alive()
     assert isinstance(answers[5], RuntimeError)
     assert "500" in str(answers[5])
     assert all(isinstance(text, str) for text in answers[:5] + answers[6:])
 
 
-def test_the_same_prompt_is_asked_as_often_as_it_is_given(
+def test_repeated_prompt_is_sent_once_per_repetition(
     provider: Provider, run: Run
 ) -> None:
-    with Timeline("the same") as seen:
+    with Timeline("repeated prompt") as seen:
         run(["Who wrote Hamlet?"] * 5, 1)
 
     assert seen.attempts == 5
 
 
-def test_a_loop_that_is_left_early_asks_no_more_than_has_been_begun(
+def test_leaving_the_loop_early_cancels_the_chunks_that_have_not_started(
     provider: Provider, client: Client, lesson: dict[str, Any], run: Run
 ) -> None:
     provider.configure(first_token=0.5)
     with Timeline("left early") as seen:
         for _ in lesson["done_chunks"](client, PROMPTS * 3, 4):
             break
-        run(PROMPTS[:8], 8)  # comes after all that is still to be done
+        run(PROMPTS[:8], 8)  # queued behind everything still to be done
 
     assert seen.attempts < 2 * len(PROMPTS)
 
 
-def test_each_worker_has_one_client_for_its_whole_life(
+def test_each_worker_keeps_one_llm_client(
     provider: Provider, client: Client, lesson: dict[str, Any], run: Run
 ) -> None:
-    def connected(dask_worker: Any) -> int:
+    def llm_id(dask_worker: Any) -> int:
         return id(dask_worker.plugins["calls"].llm)
 
-    before = client.run(connected)
+    before = client.run(llm_id)
     run(PROMPTS, 8)
 
-    assert client.run(connected) == before
+    assert client.run(llm_id) == before
     assert len(before) == 2
 
 
-def test_one_limit_holds_for_all_workers_together(
+def test_shared_rate_limit_applies_across_all_workers(
     provider: Provider, client: Client, lesson: dict[str, Any], run: Run
 ) -> None:
     provider.configure(requests_per_minute=1200, burst=1)
@@ -205,4 +206,4 @@ def test_one_limit_holds_for_all_workers_together(
 
     assert all(isinstance(answer, str) for answer in answers)
     assert seen.failed <= 0.02 * seen.attempts
-    assert seen.wall > 4.5  # 96 at 18 a second
+    assert seen.wall > 4.5  # 96 calls at 18 per second

@@ -1,7 +1,7 @@
-"""The job of lesson 10: killed twenty times, and led into every wall it names.
+"""The job of lesson 10: killed twenty times, and stopped by every error it handles.
 
-What runs is the lesson's own code: its cells with the tag `job`, written to a
-file and started as a process, and its cells with the tag `cache`.
+These tests run the lesson's own code: its cells with the tag `job`, written to
+a file and started as a process, and its cells with the tag `cache`.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -30,18 +30,18 @@ from helpers import Timeline
 from helpers.connection import Provider
 
 LESSON = Path(__file__).parents[2] / "notebooks" / "10_finish_the_job_tomorrow.ipynb"
-AT_ONCE = 8  # calls that the job has in flight
+MAX_CONCURRENCY = 8  # calls that the job keeps in flight
 FEW, SOME, MANY = 16, 60, 130  # letters
-PATIENCE = 60.0  # seconds that anything may take on a busy machine
-POLL = 0.05
+TIMEOUT = 60.0  # seconds for any one step, even on a busy machine
+POLL_INTERVAL = 0.05  # seconds
 
 posix_only = pytest.mark.skipif(
-    os.name == "nt", reason="Windows has neither signals nor limits of a process"
+    os.name == "nt", reason="Windows has no SIGKILL and no resource limits"
 )
 
 
-def source(tag: str) -> str:
-    """The lesson's cells with this tag, one below another."""
+def lesson_source(tag: str) -> str:
+    """The source of all cells of the lesson with this tag."""
     cells = nbformat.read(LESSON, as_version=4).cells
     tagged = [cell.source for cell in cells if tag in cell.metadata.get("tags", [])]
     assert tagged
@@ -49,7 +49,7 @@ def source(tag: str) -> str:
 
 
 class Job:
-    """A folder with the lesson's job, its letters and its table."""
+    """A folder with the lesson's program, its letters and its table."""
 
     def __init__(self, folder: Path, name: str = "anybody", letters: int = FEW) -> None:
         folder.mkdir(exist_ok=True)
@@ -58,17 +58,20 @@ class Job:
         self.table = folder / "answers.sqlite"
         self.orders = folder / "orders.jsonl"
         self.program = folder / "job.py"
-        self.program.write_text(source("job") + "\n\n\nmain(*sys.argv[1:])\n")
-        self.letters.write_text("".join(map(self.line, range(letters))))
+        self.program.write_text(lesson_source("job") + "\n\n\nmain(*sys.argv[1:])\n")
+        self.letters.write_text(self.lines(range(letters)))
 
     def text(self, n: int) -> str:
-        """A letter; the journal tells the jobs apart by the name in it."""
+        """The text of a letter. Its name tells the jobs apart in the journal."""
         return f"Send me {n + 1} of your 'lamp' at {n + 5} euros. Yours, {self.name}"
 
-    def line(self, n: int) -> str:
-        return json.dumps({"id": f"{n:03}", "text": self.text(n)}) + "\n"
+    def lines(self, numbers: Iterable[int]) -> str:
+        """These letters as lines of the input file."""
+        letters = ({"id": f"{n:03}", "text": self.text(n)} for n in numbers)
+        return "".join(json.dumps(letter) + "\n" for letter in letters)
 
     def order(self, n: int) -> dict[str, Any]:
+        """The order that letter n must become."""
         return {"item": "lamp", "pieces": n + 1, "euros": n + 5.0}
 
     def start(self, **options: Any) -> subprocess.Popen[str]:
@@ -82,179 +85,186 @@ class Job:
         )
 
     def run(self, **options: Any) -> subprocess.CompletedProcess[str]:
-        return ended(self.start(**options))
+        return wait_for_exit(self.start(**options))
 
     def rows(self, sql: str = "SELECT id, state FROM answers") -> list[Any]:
         with closing(sqlite3.connect(self.table)) as db:
             return db.execute(sql).fetchall()
 
     def answered(self) -> set[str]:
-        """The ids of the letters that have an answer; none where no table is."""
+        """The ids of the letters with an answer; empty before the table exists."""
         try:
             return {id for id, state in self.rows() if state == "answered"}
         except sqlite3.OperationalError:
             return set()
 
-    def unfinished(self, letters: int) -> set[str]:
-        done = self.answered()
-        return {self.text(n) for n in range(letters) if f"{n:03}" not in done}
+    def unanswered(self, letters: int) -> set[str]:
+        """The texts of the letters that have no answer yet."""
+        answered = self.answered()
+        return {self.text(n) for n in range(letters) if f"{n:03}" not in answered}
 
     def exported(self) -> list[Any]:
         return [json.loads(line) for line in self.orders.read_text().splitlines()]
 
 
-def ended(child: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for a process; what else it printed, and how it ended."""
-    # Not communicate(): it does not see what printed_lines() has read ahead.
+def wait_for_exit(child: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for a process; return its remaining output and its exit code."""
+    # Not communicate(): it misses what read_lines() left in Python's buffer.
     assert child.stdout is not None
     assert child.stderr is not None
-    too_late = threading.Timer(PATIENCE, child.kill)
-    too_late.start()
+    watchdog = threading.Timer(TIMEOUT, child.kill)
+    watchdog.start()
     with child.stdout, child.stderr:
         printed, errors = child.stdout.read(), child.stderr.read()
     child.wait()
-    too_late.cancel()
+    watchdog.cancel()
     return subprocess.CompletedProcess(child.args, child.returncode, printed, errors)
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline, f"it took more than {PATIENCE} s"
-        time.sleep(POLL)
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll another process's table or journal, which can't notify this one."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"condition not met within {TIMEOUT} s"
+        time.sleep(POLL_INTERVAL)
 
 
-def printed_lines(child: subprocess.Popen[str], number: int) -> list[str]:
+def read_lines(child: subprocess.Popen[str], count: int) -> list[str]:
     assert child.stdout is not None
-    return [child.stdout.readline() for _ in range(number)]
+    return [child.stdout.readline() for _ in range(count)]
 
 
 @pytest.fixture
-def quick(provider: Provider) -> Provider:
+def fast_stub(provider: Provider) -> Provider:
     provider.configure(first_token=0.1, per_token=0, jitter=0.5)
     return provider
 
 
 @pytest.fixture
-def lesson(quick: Provider) -> dict[str, Any]:
-    """What the cells of the job define, here in this process."""
+def lesson(fast_stub: Provider) -> dict[str, Any]:
+    """The names that the cells of the job define, in this process."""
     names: dict[str, Any] = {}
-    exec(source("job"), names)
+    exec(lesson_source("job"), names)
     return names
 
 
 # From letters to orders
 
 
-def test_every_letter_becomes_an_order_by_one_call(
-    quick: Provider, tmp_path: Path
+def test_every_letter_becomes_an_order_with_one_call(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path)
 
     with Timeline("all") as run:
-        done = job.run()
+        result = job.run()
 
-    assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(done.stdout.split()[1::2]) == [f"{n:03}" for n in range(FEW)]
+    assert (result.returncode, result.stderr) == (0, "")
+    assert sorted(result.stdout.split()[1::2]) == [f"{n:03}" for n in range(FEW)]
     assert run.attempts == FEW
     assert job.exported() == [
         {"id": f"{n:03}", "order": job.order(n), "error": None} for n in range(FEW)
     ]
 
 
-def test_never_more_calls_than_the_bound_are_in_flight(
-    quick: Provider, tmp_path: Path
+def test_calls_in_flight_reach_but_never_exceed_the_concurrency_limit(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     with Timeline("all") as run:
         Job(tmp_path).run()
 
-    assert run.peak_in_flight == AT_ONCE
+    assert run.peak_in_flight == MAX_CONCURRENCY
 
 
-def test_the_table_counts_the_tokens_that_the_provider_counted(
-    quick: Provider, tmp_path: Path
+def test_token_counts_in_the_table_add_up_to_the_stubs(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path)
 
     job.run()
 
-    stats = quick.ask("/_provider/stats")
+    stats = fast_stub.ask("/_provider/stats")
     sums = "SELECT sum(input_tokens), sum(output_tokens) FROM answers"
     assert job.rows(sums) == [(stats["prompt_tokens"], stats["completion_tokens"])]
 
 
-# Killed
+# Killed and resumed
 
 
-class Moment:
-    """Something random to wait for while a job runs."""
+class KillTrigger:
+    """Waits for a number of events while a job runs, before the test kills it."""
 
     def __init__(self, provider: Provider, job: Job, since: int) -> None:
         self.provider, self.job, self.since = provider, job, since
 
-    def asked(self) -> list[dict[str, Any]]:
-        """What was asked since the start, in the order of arrival."""
+    def requests(self) -> list[dict[str, Any]]:
+        """The job's requests since the start of this run, in order of arrival."""
         journal = self.provider.ask(f"/_provider/journal?since={self.since}")
         name = f"Yours, {self.job.name}"
         return [entry for entry in journal["attempts"] if name in entry["prompt"]]
 
-    def lines_printed(self, child: subprocess.Popen[str], number: int) -> None:
-        printed_lines(child, number)
+    def lines_printed(self, child: subprocess.Popen[str], count: int) -> None:
+        read_lines(child, count)
 
-    def calls_made(self, child: subprocess.Popen[str], number: int) -> None:
-        wait_until(lambda: len(self.asked()) >= number)
+    def calls_made(self, child: subprocess.Popen[str], count: int) -> None:
+        wait_until(lambda: len(self.requests()) >= count)
 
-    def answers_stored(self, child: subprocess.Popen[str], number: int) -> None:
-        wanted = len(self.job.answered()) + number
+    def answers_stored(self, child: subprocess.Popen[str], count: int) -> None:
+        wanted = len(self.job.answered()) + count
         wait_until(lambda: len(self.job.answered()) >= wanted)
 
 
 def killed_five_times(provider: Provider, job: Job, seed: int) -> tuple[int, int]:
-    """Kill, look at what is left, go on; returns the calls and those lost."""
+    """Run a job, killing it five times, and check its table after each run.
+
+    Returns the number of calls, and of those whose answer was lost.
+    """
     rng, calls, lost = random.Random(seed), 0, 0
-    for kill in range(6):
-        before = job.unfinished(MANY)
+    for number in range(6):
+        killed = number < 5
+        before = job.unanswered(MANY)
         since = provider.ask(f"/_provider/journal?since={10**12}")["next"]
-        moment = Moment(provider, job, since)
+        trigger = KillTrigger(provider, job, since)
         child = job.start()
-        if kill < 5:
+        if killed:
             wait = rng.choice(
-                [moment.lines_printed, moment.calls_made, moment.answers_stored]
+                [trigger.lines_printed, trigger.calls_made, trigger.answers_stored]
             )
             wait(child, rng.randint(1, 10))
             child.kill()
-        done = ended(child)
-        wait_until(lambda: all(one["end"] for one in moment.asked()))  # noqa: B023
-        assert done.returncode == (-signal.SIGKILL if kill < 5 else 0), done.stderr
+        result = wait_for_exit(child)
+        wait_until(lambda: all(entry["end"] for entry in trigger.requests()))  # noqa: B023
+        assert result.returncode == (-signal.SIGKILL if killed else 0), result.stderr
 
-        asked = [entry["prompt"] for entry in moment.asked()]
-        after = job.unfinished(MANY)
-        assert after <= before, "no answer was lost"
-        assert set(done.stdout.split()[1::2]) <= job.answered(), "what it says holds"
-        assert set(asked) <= before, "only the unfinished were asked"
-        assert len(asked) == len(set(asked)), "none was asked twice in one run"
-        assert before - after <= set(asked), "no answer without a question"
-        assert 0 <= len(asked) - len(before - after) <= AT_ONCE
-        calls += len(asked)
-        lost += len(asked) - len(before - after)
-    assert len(asked) == len(before), "the last run lost nothing"
+        sent = [entry["prompt"] for entry in trigger.requests()]
+        after = job.unanswered(MANY)
+        printed = set(result.stdout.split()[1::2])
+        assert after <= before, "a stored answer was lost"
+        assert printed <= job.answered(), "it printed an answer that it did not store"
+        assert set(sent) <= before, "it sent a letter that already had an answer"
+        assert len(sent) == len(set(sent)), "it sent a letter twice in one run"
+        assert before - after <= set(sent), "it stored an answer to an unsent letter"
+        assert 0 <= len(sent) - len(before - after) <= MAX_CONCURRENCY
+        calls += len(sent)
+        lost += len(sent) - len(before - after)
+    assert len(sent) == len(before), "the last run, not killed, lost an answer"
     return calls, lost
 
 
 @posix_only
-def test_twenty_kills_cost_no_answer_and_no_more_than_the_calls_in_flight(
-    quick: Provider, tmp_path: Path
+def test_twenty_kills_lose_at_most_the_calls_in_flight_and_no_stored_answer(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
-    quick.configure(first_token=0.25)
+    fast_stub.configure(first_token=0.25)
     names = ["Ada", "Bob", "Cleo", "Dan"]
     jobs = [Job(tmp_path / name, name, letters=MANY) for name in names]
 
     with ThreadPoolExecutor(len(jobs)) as executor:
-        figures = executor.map(killed_five_times, [quick] * 4, jobs, range(4))
+        figures = executor.map(killed_five_times, [fast_stub] * 4, jobs, range(4))
 
     for job, (calls, lost) in zip(jobs, figures, strict=True):
         assert calls == MANY + lost
-        assert 0 <= lost <= 5 * AT_ONCE
+        assert 0 <= lost <= 5 * MAX_CONCURRENCY
         assert job.rows("PRAGMA integrity_check") == [("ok",)]
         count = "SELECT state, count(*), count(DISTINCT id) FROM answers"
         assert job.rows(count) == [("answered", MANY, MANY)]
@@ -264,67 +274,66 @@ def test_twenty_kills_cost_no_answer_and_no_more_than_the_calls_in_flight(
 
 
 @posix_only
-def test_a_kill_while_the_letters_are_taken_in_leaves_none_of_them(
-    quick: Provider, tmp_path: Path
+def test_kill_while_loading_letters_leaves_an_empty_table(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path, letters=150_000)
-    log = job.table.with_name("answers.sqlite-wal")
+    wal = job.table.with_name("answers.sqlite-wal")
 
     child = job.start()
-    wait_until(lambda: log.exists() and log.stat().st_size > 1_000_000)
+    wait_until(lambda: wal.exists() and wal.stat().st_size > 1_000_000)
     child.kill()
 
-    assert ended(child).returncode == -signal.SIGKILL
+    assert wait_for_exit(child).returncode == -signal.SIGKILL
     assert job.rows() == []
 
 
 # Run again
 
 
-def test_a_second_run_asks_for_what_is_new_and_a_third_for_nothing(
-    quick: Provider, tmp_path: Path
+def test_second_run_sends_only_new_letters_and_the_third_sends_nothing(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path)
     job.run()
     with job.letters.open("a") as file:
-        file.writelines(map(job.line, range(FEW, FEW + 5)))
+        file.write(job.lines(range(FEW, FEW + 5)))
 
     with Timeline("second") as second:
         job.run()
     with Timeline("third") as third:
-        done = job.run()
+        result = job.run()
 
     new = set(map(job.text, range(FEW, FEW + 5)))
-    assert {one.prompt for one in second.journal} == new
+    assert {attempt.prompt for attempt in second.journal} == new
     assert second.attempts == 5
     assert third.attempts == 0
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (result.returncode, result.stdout) == (0, "")
     assert len(job.exported()) == FEW + 5
 
 
-def test_a_failure_is_noted_the_others_go_on_and_the_next_run_tries_it_again(
-    quick: Provider, tmp_path: Path
+def test_failed_letter_does_not_stop_the_others_and_is_retried_by_the_next_run(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path)
-    quick.configure(faults_by_prompt={job.text(7): ["malformed", "wrong_type"]})
+    fast_stub.configure(faults_by_prompt={job.text(7): ["malformed", "wrong_type"]})
 
     for error in ("JSONDecodeError: ", "ValueError: "):
-        done = job.run()
-        assert done.returncode == 0
-        [(id, noted)] = job.rows("SELECT id, error FROM answers WHERE error <> ''")
-        assert (id, noted[: len(error)]) == ("007", error)
+        assert job.run().returncode == 0
+        [(id, recorded)] = job.rows("SELECT id, error FROM answers WHERE error <> ''")
+        assert (id, recorded[: len(error)]) == ("007", error)
         assert len(job.answered()) == FEW - 1
-        assert job.exported()[7] == {"id": "007", "order": None, "error": noted}
+        assert job.exported()[7] == {"id": "007", "order": None, "error": recorded}
     with Timeline("third") as third:
         job.run()
 
-    assert [one.prompt for one in third.journal] == [job.text(7)]
+    assert [attempt.prompt for attempt in third.journal] == [job.text(7)]
     assert job.rows("SELECT id FROM answers WHERE error <> ''") == []
     assert job.exported()[7] == {"id": "007", "order": job.order(7), "error": None}
 
 
-def test_an_answer_that_is_no_record_is_a_failure_whose_tokens_count(
-    quick: Provider, tmp_path: Path
+def test_tokens_of_an_invalid_answer_are_counted(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path, letters=1)
     program = job.program.read_text()
@@ -348,17 +357,17 @@ def test_an_answer_that_is_no_record_is_a_failure_whose_tokens_count(
     assert (tokens_in_2, tokens_out_2) == (2 * tokens_in, 2 * tokens_out)
 
 
-def test_two_runs_at_the_same_time_store_each_answer_once(
-    quick: Provider, tmp_path: Path
+def test_two_simultaneous_runs_store_each_answer_once(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path, letters=1)
     job.run()
-    job.letters.write_text("".join(map(job.line, range(FEW))))
+    job.letters.write_text(job.lines(range(FEW)))
 
     with Timeline("both") as both:
-        done = [ended(child) for child in [job.start(), job.start()]]
+        results = [wait_for_exit(child) for child in [job.start(), job.start()]]
 
-    assert [(one.returncode, one.stderr) for one in done] == [(0, ""), (0, "")]
+    assert [(run.returncode, run.stderr) for run in results] == [(0, ""), (0, "")]
     assert FEW - 1 <= both.attempts <= 2 * (FEW - 1)
     count = "SELECT count(*), count(DISTINCT id) FROM answers"
     assert job.rows(count) == [(FEW, FEW)]
@@ -366,10 +375,10 @@ def test_two_runs_at_the_same_time_store_each_answer_once(
     per_call = {
         tokens for (tokens,) in job.rows("SELECT DISTINCT input_tokens FROM answers")
     }
-    assert max(per_call) - min(per_call) <= 2, "tokens were counted twice"
+    assert max(per_call) - min(per_call) <= 2, "the tokens of a call were counted twice"
 
 
-# The walls
+# Stopped by an error
 
 
 @pytest.mark.parametrize(
@@ -380,23 +389,23 @@ def test_two_runs_at_the_same_time_store_each_answer_once(
         (b'{"id": 100, "text": "Send me 3"}', "valid string"),
         (b"", "Invalid JSON"),
         (b'{"id": "100", "text": "\xff"}', "Invalid JSON"),
-        (b'{"id": "000", "text": "Another letter"}', "another text"),
+        (b'{"id": "000", "text": "A different letter"}', "another text"),
     ],
-    ids=["cut off", "no text", "no string", "empty", "no UTF-8", "known id"],
+    ids=["truncated", "no text", "id not a string", "empty", "not UTF-8", "id reused"],
 )
-def test_a_bad_line_ends_the_job_before_a_call_and_changes_nothing(
+def test_invalid_line_stops_the_job_before_any_call_and_changes_nothing(
     line: bytes, reason: str, lesson: dict[str, Any], tmp_path: Path
 ) -> None:
     job = Job(tmp_path, letters=3)
     job.run()
     before = job.rows("SELECT * FROM answers"), job.orders.read_bytes()
-    good = "".join(map(job.line, range(5))).encode()
-    job.letters.write_bytes(good + line + b"\n" + job.line(6).encode())
+    good, rest = job.lines(range(5)).encode(), job.lines([6]).encode()
+    job.letters.write_bytes(good + line + b"\n" + rest)
 
-    with Timeline("a bad line") as run, pytest.raises(SystemExit) as ending:
+    with Timeline("invalid line") as run, pytest.raises(SystemExit) as exited:
         lesson["main"](str(job.letters), str(job.table), str(job.orders))
 
-    message = str(ending.value)
+    message = str(exited.value)
     assert message.startswith("stopped: ")
     assert reason in message
     where = "000 is known" if reason == "another text" else f"{job.letters}, line 6: "
@@ -405,64 +414,66 @@ def test_a_bad_line_ends_the_job_before_a_call_and_changes_nothing(
     assert (job.rows("SELECT * FROM answers"), job.orders.read_bytes()) == before
 
 
-def test_a_file_that_is_not_there_is_named(quick: Provider, tmp_path: Path) -> None:
+def test_missing_file_is_named_in_the_error(
+    fast_stub: Provider, tmp_path: Path
+) -> None:
     job = Job(tmp_path, letters=SOME)
     job.letters.unlink()
 
-    done = job.run()
+    result = job.run()
 
-    assert done.returncode == 1
-    assert re.fullmatch(r"stopped: .*No such file.*letters.*\n", done.stderr)
+    assert result.returncode == 1
+    assert re.fullmatch(r"stopped: .*No such file.*letters.*\n", result.stderr)
 
 
-def test_a_locked_table_ends_the_job_before_a_call(
-    quick: Provider, tmp_path: Path
+def test_locked_table_stops_the_job_before_any_call(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path)
     with closing(sqlite3.connect(job.table)) as other:
         other.execute("PRAGMA journal_mode = WAL")
         other.execute("BEGIN IMMEDIATE")
         with Timeline("locked") as locked:
-            done = job.run()
+            result = job.run()
 
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "stopped: database is locked\n"
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "stopped: database is locked\n"
     assert locked.attempts == 0
 
 
-def assert_it_goes_on(
+def assert_next_run_resumes(
     job: Job, first: Timeline, stored: list[str], letters: int = SOME
 ) -> None:
-    """After a bad end: what was stored is there, and only the rest is asked."""
+    """All answers that were stored are still there; the next run sends the rest."""
     assert job.answered() == set(stored)
-    assert 0 <= first.attempts - len(stored) <= AT_ONCE
-    with Timeline("again") as again:
-        done = job.run()
-    assert (done.returncode, done.stderr) == (0, "")
-    assert again.attempts == letters - len(stored)
+    assert 0 <= first.attempts - len(stored) <= MAX_CONCURRENCY
+    with Timeline("resumed") as resumed:
+        result = job.run()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert resumed.attempts == letters - len(stored)
     assert [line["order"] for line in job.exported()] == [
         job.order(n) for n in range(letters)
     ]
 
 
-def test_a_lock_in_the_middle_ends_the_job_and_the_next_run_goes_on(
-    quick: Provider, tmp_path: Path
+def test_lock_during_the_run_stops_the_job_and_the_next_run_resumes(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     job = Job(tmp_path, letters=SOME)
 
     with Timeline("locked") as locked:
         child = job.start()
-        seen = printed_lines(child, 5)
-        with closing(sqlite3.connect(job.table, timeout=PATIENCE)) as other:
+        first_lines = read_lines(child, 5)
+        with closing(sqlite3.connect(job.table, timeout=TIMEOUT)) as other:
             other.execute("BEGIN IMMEDIATE")
-            done = ended(child)
+            result = wait_for_exit(child)
 
-    assert (done.returncode, done.stderr) == (1, "stopped: database is locked\n")
-    printed = "".join(seen) + done.stdout
-    assert_it_goes_on(job, locked, printed.split()[1::2])
+    assert (result.returncode, result.stderr) == (1, "stopped: database is locked\n")
+    printed = "".join(first_lines) + result.stdout
+    assert_next_run_resumes(job, locked, printed.split()[1::2])
 
 
-def test_a_table_that_may_not_grow_ends_the_job_and_the_next_run_goes_on(
+def test_full_table_stops_the_job_and_the_next_run_resumes(
     lesson: dict[str, Any], tmp_path: Path
 ) -> None:
     job = Job(tmp_path, letters=MANY)
@@ -473,74 +484,74 @@ def test_a_table_that_may_not_grow_ends_the_job_and_the_next_run_goes_on(
     job.program.write_text(program.replace("PRAGMA", limit, 1))
 
     with Timeline("full") as full:
-        done = job.run()
+        result = job.run()
 
-    assert done.returncode == 1
-    assert done.stdout
-    assert done.stderr == "stopped: database or disk is full\n"
+    assert result.returncode == 1
+    assert result.stdout
+    assert result.stderr == "stopped: database or disk is full\n"
     job.program.write_text(program)
-    assert_it_goes_on(job, full, done.stdout.split()[1::2], MANY)
+    assert_next_run_resumes(job, full, result.stdout.split()[1::2], MANY)
 
 
 @posix_only
-def test_a_file_that_may_not_grow_ends_the_job_and_the_next_run_goes_on(
-    quick: Provider, tmp_path: Path
+def test_file_size_limit_stops_the_job_and_the_next_run_resumes(
+    fast_stub: Provider, tmp_path: Path
 ) -> None:
     import resource
 
     job = Job(tmp_path, letters=SOME)
-    size = 120_000  # bytes: the log takes a page or two for each answer
+    size = 120_000  # bytes; the write-ahead log grows by a page or two per answer
 
     with Timeline("full") as full:
-        done = job.run(
+        result = job.run(
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         )
 
-    assert done.returncode == 1
-    assert done.stderr == "stopped: disk I/O error\n"
-    assert done.stdout
-    assert_it_goes_on(job, full, done.stdout.split()[1::2])
+    assert result.returncode == 1
+    assert result.stderr == "stopped: disk I/O error\n"
+    assert result.stdout
+    assert_next_run_resumes(job, full, result.stdout.split()[1::2])
 
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 192 kB, where this machine lets us make one."""
+    """A file system of 192 kB. Skips the test on machines that can't mount one."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(folder)]
     if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("only root on Linux can mount a small disk")
+        pytest.skip("mounting a small disk needs root on Linux")
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this machine does not let us mount a small disk")
+        pytest.skip("this machine doesn't allow mounting a small disk")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_job_and_the_next_run_goes_on(
-    quick: Provider, tmp_path: Path, tiny_disk: Path
+def test_full_disk_stops_the_job_and_the_next_run_resumes(
+    fast_stub: Provider, tmp_path: Path, tiny_disk: Path
 ) -> None:
     job = Job(tmp_path / "job", letters=SOME)
     job.table = tiny_disk / "answers.sqlite"
 
     with Timeline("full") as full:
-        done = job.run()
+        result = job.run()
 
-    assert done.returncode == 1
-    assert done.stderr == "stopped: database or disk is full\n"
-    assert done.stdout
+    assert result.returncode == 1
+    assert result.stderr == "stopped: database or disk is full\n"
+    assert result.stdout
     larger = ["mount", "-o", "remount,size=16m", str(tiny_disk)]
     subprocess.run(larger, check=True)
-    assert_it_goes_on(job, full, done.stdout.split()[1::2])
+    assert_next_run_resumes(job, full, result.stdout.split()[1::2])
 
 
-def test_the_exported_file_is_whole_or_the_old_one(
+def test_failed_export_leaves_the_previous_file_intact(
     lesson: dict[str, Any], tmp_path: Path
 ) -> None:
     job = Job(tmp_path, letters=3)
     job.run()
     before = job.orders.read_bytes()
     with closing(sqlite3.connect(job.table)) as db, db:
-        db.execute("UPDATE answers SET answer = 'no JSON' WHERE id = '002'")
+        db.execute("UPDATE answers SET answer = 'not JSON' WHERE id = '002'")
 
     with pytest.raises(SystemExit, match="stopped: "):
         lesson["main"](str(job.letters), str(job.table), str(job.orders))
@@ -552,9 +563,9 @@ def test_the_exported_file_is_whole_or_the_old_one(
 
 
 @pytest.fixture
-def cache_at(quick: Provider) -> Iterator[Callable[[Path], Any]]:
+def cache_at(fast_stub: Provider) -> Iterator[Callable[[Path], Any]]:
     names: dict[str, Any] = {}
-    exec(source("cache"), names)
+    exec(lesson_source("cache"), names)
     opened = []
 
     def make(path: Path) -> Any:
@@ -567,31 +578,32 @@ def cache_at(quick: Provider) -> Iterator[Callable[[Path], Any]]:
         db.close()
 
 
-def test_the_cache_keeps_answers_for_another_process_to_find(
+def test_cached_answers_survive_reopening_the_database(
     cache_at: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "cache.sqlite"
 
     with Timeline("first") as first:
         answer = ChatOpenAI(cache=cache_at(path)).invoke("Who wrote Hamlet?")
-    with Timeline("again") as again:
+    with Timeline("second") as second:
         found = ChatOpenAI(cache=cache_at(path)).invoke("Who wrote Hamlet?")
 
-    assert (first.attempts, again.attempts) == (1, 0)
+    assert (first.attempts, second.attempts) == (1, 0)
     assert found.content == answer.content
     assert found.usage_metadata is not None
     assert found.usage_metadata == {**(answer.usage_metadata or {}), "total_cost": 0}
 
 
-def test_the_cache_works_for_calls_at_once_and_forgets_when_cleared(
+def test_cache_serves_concurrent_calls_until_it_is_cleared(
     cache_at: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     cache = cache_at(tmp_path / "cache.sqlite")
     prompts = [f"Question {n}" for n in range(20)]
 
-    async def three_times() -> list[int]:
+    async def run_three_times() -> list[int]:
         attempts = []
-        # Of its own: LangChain's would be left to the next test, with a closed loop.
+        # LangChain would share its own client with later tests, after this event loop
+        # has closed.
         async with openai.DefaultAioHttpClient() as connections:
             llm = ChatOpenAI(cache=cache, http_async_client=connections)
             for clear in (False, True, False):
@@ -602,14 +614,14 @@ def test_the_cache_works_for_calls_at_once_and_forgets_when_cleared(
                     cache.clear()
         return attempts
 
-    assert asyncio.run(three_times()) == [20, 0, 20]
+    assert asyncio.run(run_three_times()) == [20, 0, 20]
 
 
-def test_the_caches_key_holds_the_address_and_the_time_out_and_not_the_key(
-    quick: Provider, cache_at: Callable[[Path], Any], tmp_path: Path
+def test_cache_key_includes_base_url_and_timeout_but_not_the_api_key(
+    fast_stub: Provider, cache_at: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     cache = cache_at(tmp_path / "cache.sqlite")
-    localhost = f"{quick.url}/v1".replace("127.0.0.1", "localhost")
+    localhost = f"{fast_stub.url}/v1".replace("127.0.0.1", "localhost")
     attempts = []
 
     for options in ({}, {"base_url": localhost}, {"timeout": 30}, {"api_key": "x"}):

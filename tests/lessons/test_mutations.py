@@ -1,4 +1,4 @@
-"""A change that makes a lesson lie must fail the very check that runs in CI."""
+"""A lesson whose code no longer does what it claims must fail in CI."""
 
 import shutil
 import subprocess
@@ -9,28 +9,26 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-
 SANITIZE = ROOT / "tests" / "nbval.cfg"
 
 
-def nbval(notebook: Path) -> subprocess.CompletedProcess[str]:
+def run_nbval(notebook: Path) -> subprocess.CompletedProcess[str]:
     options = ["-p", "no:cacheprovider", "-o", "addopts=", "--nbval", "-x", "-q"]
     options += ["--nbval-cell-timeout=120", f"--nbval-sanitize-with={SANITIZE}"]
     command = [sys.executable, "-m", "pytest", *options, str(notebook)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def changed_copy(name: str, upto: str, old: str, new: str, folder: Path) -> Path:
-    """The notebook as far as the cell that holds `upto`, with one change in it."""
+def mutated_copy(name: str, until: str, old: str, new: str, folder: Path) -> Path:
+    """Copy the notebook up to the cell that contains `until`, and change its code."""
     shutil.copy(ROOT / "notebooks" / "prompts.txt", folder)
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    last = next(i for i, cell in enumerate(notebook.cells) if upto in cell.source)
+    last = next(i for i, cell in enumerate(notebook.cells) if until in cell.source)
     notebook.cells = notebook.cells[: last + 1]
     for cell in notebook.cells:
         if "article" not in cell.metadata.get("tags", []) and old in cell.source:
             cell.source = cell.source.replace(old, new)
-            cell.metadata.tags = ["nbval-ignore-output"]  # let the claim decide
+            cell.metadata.tags = ["nbval-ignore-output"]  # only the check may fail
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
 
@@ -58,26 +56,26 @@ def changed_copy(name: str, upto: str, old: str, new: str, folder: Path) -> Path
         ),
     ],
 )
-def test_a_lesson_that_does_otherwise_than_it_says_fails_at_its_claim(
+def test_mutated_lesson_fails_at_its_claim(
     name: str, claim: str, old: str, new: str, tmp_path: Path
 ) -> None:
-    true_copy = changed_copy(name, claim, old, old, tmp_path)
-    assert old in true_copy.read_text("utf-8").replace('\\"', '"')
+    unchanged = mutated_copy(name, claim, old, old, tmp_path)
+    assert old in unchanged.read_text("utf-8").replace('\\"', '"')
 
-    done = nbval(changed_copy(name, claim, old, new, tmp_path))
+    result = run_nbval(mutated_copy(name, claim, old, new, tmp_path))
 
-    assert done.returncode == 1
-    assert f"✗ {claim}" in done.stdout
+    assert result.returncode == 1
+    assert f"✗ {claim}" in result.stdout
 
 
-def test_an_output_edited_by_hand_fails(tmp_path: Path) -> None:
-    path = changed_copy("00_start_here", "sys.version_info", "", "", tmp_path)
+def test_output_edited_by_hand_fails(tmp_path: Path) -> None:
+    path = mutated_copy("00_start_here", "sys.version_info", "", "", tmp_path)
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[-1].metadata.tags = []
     nbformat.write(notebook, path)
-    assert nbval(path).returncode == 0
+    assert run_nbval(path).returncode == 0
 
-    notebook.cells[-1].outputs[0].text = "All is perfect.\n"
+    notebook.cells[-1].outputs[0].text = "Everything is fine.\n"
     nbformat.write(notebook, path)
 
-    assert nbval(path).returncode == 1
+    assert run_nbval(path).returncode == 1

@@ -1,6 +1,7 @@
-"""The contract of a notebook, as far as a machine can check it."""
+"""The contract that every notebook keeps, as far as a machine can check it."""
 
 import json
+import math
 import platform
 import re
 import subprocess
@@ -23,7 +24,7 @@ SETUP = (
 SECRET = r"sk-[A-Za-z0-9_-]{16,}|api_key\s*=\s*[\"']"
 ABSOLUTE_PATH = r"(?<![\w.:/])/(?:home|root|Users|tmp|usr|opt|work|var)/|[A-Z]:\\"
 
-# The article that the collection grew from, program by program.
+# The programs of the article that the collection grew from.
 ARTICLE = {
     "01_make_one_call": """
 from langchain_openai import OpenAI
@@ -68,44 +69,44 @@ asyncio.run(main())
 """,
 }
 
-# The cells that nbval runs and does not compare: a part of each, and why.
-# What else may differ stands in nbval.cfg.
+# The cells whose output nbval doesn't compare: a part of each, and the reason.
+# nbval.cfg has the patterns for what may differ in all other cells.
 NOT_COMPARED = {
     "02_use_a_thread_pool": {
-        "逐次": "two threads print at once",
-        "in as_completed(futures)": "answers that come close together may swap",
-        'Timeline("lost")': "refusals are so quick that few or many overlap",
+        "逐次": "two threads print at the same time",
+        "in as_completed(futures)": "answers that arrive close together may swap",
+        'Timeline("lost")': "rejections are so quick that few or many overlap",
     },
     "03_gather_coroutines": {
-        "asyncio.as_completed(calls)": "answers that come close together may swap",
+        "asyncio.as_completed(calls)": "answers that arrive close together may swap",
     },
     "04_choose_threads_or_asyncio": {
-        "Timeline.compare(stubborn, obedient)": "given up before all had been sent",
+        "Timeline.compare(stubborn, obedient)": "cancelled before all were sent",
     },
     "05_bound_what_is_in_flight": {
-        'Timeline("all at once")': "how many leave before the first answer comes",
-        'Timeline("8 at a time")': "the same flood, beside the bounded run",
-        'Timeline("all at once, 1.5 s each")': "how many are given up is a race",
-        "collect(batches)": "the default pool is as large as the machine's CPUs",
+        'Timeline("all at once")': "how many are sent before the first answer arrives",
+        'Timeline("8 at a time")': "the unbounded run is in the comparison",
+        'Timeline("all at once, 1.5 s each")': "how many time out is a race",
+        "collect(batches)": "the size of the default pool depends on the CPUs",
     },
     "06_stay_under_the_rate_limit": {
-        'Timeline("36 calls, SDK retries")': "how many come back in time is a race",
-        'rows["headers"]["run"]': "how many are in flight follows from their seconds",
+        'Timeline("36 calls, SDK retries")': "how many retries are in time is a race",
+        'rows["headers"]["run"]': "the number in flight depends on measured seconds",
     },
     "07_survive_failures": {
-        "stormy": "whether a call given up and the next one overlap is a race",
+        "stormy": "whether a timed-out call overlaps the next is a race",
     },
     "08_stream_and_show_progress": {
-        "live=True": "nbval sees the first frame, the file holds the last",
+        "live=True": "nbval sees the first frame, the file contains the last",
     },
     "10_finish_the_job_tomorrow": {
-        "Timeline.compare(*runs)": "how many are in flight when it is killed is a race",
+        "Timeline.compare(*runs)": "how many are in flight at the kill is a race",
     },
     "12_let_the_provider_do_it": {
-        "Timeline.compare(live, batched)": "how many polls fit depends on the seconds",
+        "Timeline.compare(live, batched)": "the number of polls depends on seconds",
     },
     "15_choose": {
-        'head = "way wall': "a table of measured figures, in columns",
+        'head = "way wall': "a table of measured figures in columns",
     },
 }
 
@@ -128,6 +129,13 @@ def headings(path: Path) -> list[tuple[int, str]]:
     return [(len(marks), text) for marks, text in found]
 
 
+def minutes(path: Path) -> int:
+    """The minutes that the notebook promises at its top."""
+    promised = re.search(r"^\*\*(\d+) minutes\*\* · ", prose(path), re.MULTILINE)
+    assert promised
+    return int(promised[1])
+
+
 def tags(cell: Any) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
@@ -136,13 +144,13 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
 
-def test_the_part_of_the_course_that_has_landed_is_there() -> None:
+def test_all_lessons_are_there() -> None:
     landed = [*range(9), 10, 11, 12, 15]  # 09, 13 and 14 are still to come
     assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in landed]
 
 
 @pytest.mark.parametrize("name", ARTICLE)
-def test_the_articles_program_stands_word_for_word(name: str) -> None:
+def test_article_programs_are_word_for_word(name: str) -> None:
     def unindented(source: str) -> list[str]:
         return [line.strip() for line in source.strip().splitlines()]
 
@@ -153,7 +161,7 @@ def test_the_articles_program_stands_word_for_word(name: str) -> None:
 
 
 @every_notebook
-def test_it_is_valid_and_holds_nothing_of_a_machine(path: Path) -> None:
+def test_is_valid_and_contains_no_keys_paths_or_machine_names(path: Path) -> None:
     notebook = read(path)
     text = path.read_text("utf-8")
 
@@ -177,7 +185,7 @@ def test_it_is_valid_and_holds_nothing_of_a_machine(path: Path) -> None:
 
 
 @every_notebook
-def test_it_begins_with_its_only_title_and_no_heading_skips_a_level(path: Path) -> None:
+def test_starts_with_the_only_h1_and_skips_no_heading_level(path: Path) -> None:
     levels = [level for level, _ in headings(path)]
 
     assert read(path).cells[0].source.startswith("# ")
@@ -186,7 +194,7 @@ def test_it_begins_with_its_only_title_and_no_heading_skips_a_level(path: Path) 
 
 
 @every_notebook
-def test_its_first_cell_tells_question_minutes_needs_and_aim(path: Path) -> None:
+def test_first_cell_has_question_minutes_needs_and_aim(path: Path) -> None:
     _, question, plan = read(path).cells[0].source.split("\n\n")
 
     assert question.endswith("?")
@@ -194,34 +202,35 @@ def test_its_first_cell_tells_question_minutes_needs_and_aim(path: Path) -> None
 
 
 @every_notebook
-def test_its_set_up_is_the_same_as_everywhere(path: Path) -> None:
-    first = 0 if path in LESSONS else 1  # 00 looks at the packages first
+def test_setup_cell_is_the_same_everywhere(path: Path) -> None:
+    first = 0 if path in LESSONS else 1  # 00 checks the packages first
     source = code_cells(path)[first].source.removesuffix("\nprovider")
 
     assert re.fullmatch(SETUP, source)
 
 
 @every_lesson
-def test_its_sections_end_in_the_agreed_order(path: Path) -> None:
+def test_sections_are_questions_and_traps_then_the_closing_ones(path: Path) -> None:
     sections = [text for level, text in headings(path) if level == 2]
     questions = [text for text in sections if text.endswith("?")]
     traps = [text for text in sections if text.startswith("Trap: ")]
 
-    assert sections[-3:] == ["In practice", "What we learned", "Your turn"]
-    assert len(questions) + len(traps) + 3 == len(sections)
+    closing = sections[len(questions) + len(traps) :]
+    assert closing[-3:] == ["In practice", "What we learned", "Your turn"]
+    assert closing[:-3] in ([], ["Take it with you"])
     assert questions
     assert traps
 
 
 @every_lesson
-def test_it_lets_predict_explains_and_proves(path: Path) -> None:
+def test_asks_for_predictions_explains_and_checks(path: Path) -> None:
     assert "**Predict.**" in prose(path)
     assert "**What just happened.**" in prose(path)
     assert sum("check(" in cell.source for cell in code_cells(path)) >= 5
 
 
 @every_notebook
-def test_its_cells_are_short(path: Path) -> None:
+def test_code_cells_are_short(path: Path) -> None:
     lengths = []
     for cell in code_cells(path):
         lines = cell.source.splitlines()
@@ -232,15 +241,28 @@ def test_its_cells_are_short(path: Path) -> None:
     assert median(lengths) <= 8
 
 
-@every_lesson
-def test_it_has_enough_prose_and_not_too_much(path: Path) -> None:
-    lines = sum(len(cell.source.splitlines()) for cell in code_cells(path))
+@every_notebook
+def test_promised_minutes_are_honest(path: Path) -> None:
+    """150 words of prose or ten lines of code a minute, rounded up to five.
 
-    assert 10 <= len(prose(path).split()) / lines <= 20
+    Not counted: details that a reader opens, and all that follows *Your turn*.
+    """
+    words = lines = 0
+    for cell in read(path).cells:
+        text, your_turn, _ = cell.source.partition("## Your turn")
+        if cell.cell_type == "markdown":
+            shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+            words += len(shown.split())
+        else:
+            lines += sum(bool(line.strip()) for line in text.splitlines())
+        if your_turn:
+            break
+
+    assert minutes(path) == 5 * math.ceil((words / 150 + lines / 10) / 5)
 
 
 @every_notebook
-def test_its_code_is_formatted_but_for_the_articles(path: Path, tmp_path: Path) -> None:
+def test_code_is_formatted_except_article_programs(path: Path, tmp_path: Path) -> None:
     notebook = read(path)
     notebook.cells = [cell for cell in notebook.cells if "article" not in tags(cell)]
     copy = tmp_path / path.name
@@ -253,7 +275,7 @@ def test_its_code_is_formatted_but_for_the_articles(path: Path, tmp_path: Path) 
 
 
 @every_notebook
-def test_every_picture_is_described(path: Path) -> None:
+def test_every_picture_has_a_description(path: Path) -> None:
     assert "![](" not in prose(path)
     assert not re.search(r"<img(?![^>]*\balt=)", prose(path))
     for cell in code_cells(path):
@@ -263,12 +285,12 @@ def test_every_picture_is_described(path: Path) -> None:
             if "image/png" in output.get("data", {})
         ]
         printed = any(output.output_type == "stream" for output in cell.outputs)
-        # pyplot says no more of a figure than its size: then the cell prints.
+        # pyplot describes a figure by its size only: then the cell must print.
         assert all(printed or not text.startswith("<Figure") for text in drawn)
 
 
 @every_notebook
-def test_its_outputs_are_stored_and_in_the_order_of_one_run(path: Path) -> None:
+def test_outputs_are_stored_from_one_run_in_order(path: Path) -> None:
     cells = code_cells(path)
 
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
@@ -278,7 +300,7 @@ def test_its_outputs_are_stored_and_in_the_order_of_one_run(path: Path) -> None:
 
 
 @every_notebook
-def test_no_output_is_an_error_or_a_warning_that_the_lesson_does_not_want(
+def test_stores_no_unexpected_error_or_warning(
     path: Path,
 ) -> None:
     for cell in code_cells(path):
@@ -289,7 +311,7 @@ def test_no_output_is_an_error_or_a_warning_that_the_lesson_does_not_want(
 
 
 @every_notebook
-def test_only_the_cells_listed_here_are_not_compared(path: Path) -> None:
+def test_only_listed_cells_are_not_compared(path: Path) -> None:
     ignored = [
         cell.source for cell in code_cells(path) if "nbval-ignore-output" in tags(cell)
     ]
@@ -301,25 +323,25 @@ def test_only_the_cells_listed_here_are_not_compared(path: Path) -> None:
 
 
 @every_notebook
-def test_its_links_lead_somewhere(path: Path) -> None:
+def test_relative_links_exist(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", prose(path)):
         if not target.startswith("https://"):
             assert (path.parent / target).exists(), target
 
 
 @every_notebook
-def test_its_links_call_a_lesson_by_its_number(path: Path) -> None:
+def test_links_name_the_number_of_their_lesson(path: Path) -> None:
     for text, number in re.findall(r"\[(\d\d)[^\]]*\]\((\d\d)_", prose(path)):
         assert text == number
 
 
 @every_notebook
-def test_it_keeps_to_plain_jupyter_markdown(path: Path) -> None:
+def test_uses_plain_jupyter_markdown(path: Path) -> None:
     assert not re.search(r"^```\{|^:::|^> \[!", prose(path), re.MULTILINE)
 
 
 @every_notebook
-def test_it_hides_and_waits_for_nothing(path: Path) -> None:
+def test_has_no_sleeps_hidden_warnings_or_long_outputs(path: Path) -> None:
     for cell in code_cells(path):
         assert "filterwarnings" not in cell.source
         assert "time.sleep" not in cell.source
@@ -329,16 +351,14 @@ def test_it_hides_and_waits_for_nothing(path: Path) -> None:
         assert outputs.count("\\n") <= 40, "longer than a screen"
 
 
-def test_each_lesson_leads_to_the_next() -> None:
+def test_each_lesson_links_to_the_next() -> None:
     for path, following in pairwise(NOTEBOOKS):
         assert f"({following.name})" in read(path).cells[-1].source
 
 
-def test_the_map_names_every_lesson_with_the_minutes_that_it_states() -> None:
+def test_both_maps_have_the_minutes_of_every_lesson() -> None:
     for place in (prose(NOTEBOOKS[0]), (ROOT / "README.md").read_text("utf-8")):
         for path in LESSONS:
-            minutes = re.search(r"\*\*(\d+) minutes", prose(path))
-            assert minutes
             row = re.search(rf"\|.*{path.name}.*\|", place)
             assert row, path.name
-            assert re.search(rf"\| {minutes[1]} \|", row[0])
+            assert f"| {minutes(path)} |" in row[0]

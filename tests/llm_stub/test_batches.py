@@ -1,24 +1,17 @@
-import asyncio
 import json
 import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, Final
-from unittest import mock
 
 import openai
 import pytest
-from aiohttp import FormData
-from aiohttp.test_utils import TestClient, TestServer
-from openai import DefaultHttpxClient, OpenAI
-from openai.types import Batch, BatchError, FileDeleted, FileObject
-from pydantic import BaseModel
+from openai import OpenAI
+from openai.types import Batch, BatchError
 
 from helpers.connection import Provider
-from llm_stub import batches, files, server
-from tests.llm_stub.test_wire import undocumented
-
-Json = dict[str, Any]
+from llm_stub import batches
+from tests.llm_stub.conftest import Json, assert_matches_exactly, upload
 
 CHAT: Final = "/v1/chat/completions"
 EMBEDDINGS: Final = "/v1/embeddings"
@@ -28,8 +21,8 @@ INPUTS: dict[str, Callable[[str], Json]] = {
     "/v1/responses": lambda text: {"input": text},
     EMBEDDINGS: lambda text: {"input": text, "dimensions": 2},
 }
-ENDED = {"failed", "completed", "expired", "cancelled"}
-BARELY = 0.001  # a second: the first request is answered, and then none for long
+FINAL = {"failed", "completed", "expired", "cancelled"}
+ALMOST_STOPPED = 0.001  # requests per second: answers the first one, then waits
 
 
 def body(text: str, endpoint: str = CHAT, **options: Any) -> Json:
@@ -40,7 +33,7 @@ def line(custom_id: str, body: Json, endpoint: str = CHAT) -> Json:
     return {"custom_id": custom_id, "method": "POST", "url": endpoint, "body": body}
 
 
-def lines(count: int, endpoint: str = CHAT, **options: Any) -> list[Json]:
+def make_lines(count: int, endpoint: str = CHAT, **options: Any) -> list[Json]:
     return [
         line(f"{number}", body(f"Hello {number}", endpoint, **options), endpoint)
         for number in range(count)
@@ -49,10 +42,6 @@ def lines(count: int, endpoint: str = CHAT, **options: Any) -> list[Json]:
 
 def jsonl(requests: list[Json]) -> bytes:
     return b"".join(json.dumps(request).encode() + b"\n" for request in requests)
-
-
-def upload(client: OpenAI, content: bytes, purpose: Any = "batch") -> FileObject:
-    return client.files.create(file=("requests.jsonl", content), purpose=purpose)
 
 
 def start(
@@ -71,13 +60,13 @@ def start(
 
 
 def counts(batch: Batch) -> tuple[int, int, int]:
-    """How many requests there are, were answered, and failed."""
+    """How many requests there are, how many succeeded and how many failed."""
     assert batch.request_counts
-    told = batch.request_counts
-    return told.total, told.completed, told.failed
+    numbers = batch.request_counts
+    return numbers.total, numbers.completed, numbers.failed
 
 
-def done(batch: Batch) -> int:
+def count_completed(batch: Batch) -> int:
     return counts(batch)[1]
 
 
@@ -86,46 +75,45 @@ def errors(batch: Batch) -> list[BatchError]:
     return batch.errors.data or []
 
 
-def until(client: OpenAI, batch: Batch, status: str, least_done: int = 0) -> Batch:
+def wait_for(
+    client: OpenAI, batch: Batch, status: str, min_completed: int = 0
+) -> Batch:
     deadline = time.monotonic() + 60
-    while batch.status != status or done(batch) < least_done:
-        assert batch.status not in ENDED, batch
+    while batch.status != status or count_completed(batch) < min_completed:
+        assert batch.status not in FINAL, batch
         assert time.monotonic() < deadline, batch
         time.sleep(0.01)
         batch = client.batches.retrieve(batch.id)
     return batch
 
 
-def completed(client: OpenAI, requests: list[Json], endpoint: str = CHAT) -> Batch:
-    return until(client, start(client, requests, endpoint), "completed")
+def run(client: OpenAI, requests: list[Json], endpoint: str = CHAT) -> Batch:
+    """Start a batch and wait until it is completed."""
+    return wait_for(client, start(client, requests, endpoint), "completed")
 
 
 def results(client: OpenAI, file_id: str | None) -> dict[str, Json]:
     """The lines of an output or error file, by their custom_id."""
     if file_id is None:
         return {}
-    read = [json.loads(one) for one in client.files.content(file_id).iter_lines()]
-    by_id = {one["custom_id"]: one for one in read}
-    assert len(by_id) == len(read)
+    lines = [json.loads(raw) for raw in client.files.content(file_id).iter_lines()]
+    by_id = {line["custom_id"]: line for line in lines}
+    assert len(by_id) == len(lines)
     return by_id
 
 
 def answers(client: OpenAI, batch: Batch) -> dict[str, Json]:
-    found = results(client, batch.output_file_id)
-    return {custom_id: one["response"]["body"] for custom_id, one in found.items()}
+    output = results(client, batch.output_file_id)
+    return {name: result["response"]["body"] for name, result in output.items()}
 
 
-def live(client: OpenAI, request: Json) -> tuple[int, Any]:
-    """What the route itself answers: the status and the body."""
+def ask_directly(client: OpenAI, request: Json) -> tuple[int, Any]:
+    """Status and body of the same request sent outside a batch."""
     try:
         path = request["url"].removeprefix("/v1")
         return 200, client.post(path, body=request["body"], cast_to=object)
     except openai.APIStatusError as error:
         return error.status_code, error.response.json()
-
-
-def assert_is_strictly(kind: type[BaseModel], raw: Any) -> None:
-    assert undocumented(kind.model_validate_json(raw.text, strict=True)) == []
 
 
 @pytest.fixture
@@ -134,190 +122,36 @@ def client(provider: Provider, client: OpenAI) -> OpenAI:
     return client
 
 
-@pytest.fixture
-def post(
-    client: OpenAI, provider: Provider, connections: DefaultHttpxClient
-) -> Any:  # of the HTTP client, as no SDK sends a wrong form
-    def post(**options: Any) -> tuple[int, Json]:
-        response = connections.post(f"{provider.url}/v1/files", **options)
-        return response.status_code, response.json()["error"]
-
-    return post
+# Life cycle and results
 
 
-# Files
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", bytes(range(256)) * 999, b"\r\n--\r\n\r\n--", "日本語\n".encode()],
-    ids=["empty", "all bytes", "like a form", "text"],
-)
-def test_a_files_content_is_what_was_uploaded_byte_by_byte(
-    client: OpenAI, content: bytes
-) -> None:
-    file = client.files.create(file=("ünï.bin", content), purpose="user_data")
-    assert (file.filename, file.bytes) == ("ünï.bin", len(content))
-    assert client.files.content(file.id).content == content
-    assert client.files.retrieve(file.id) == file
-
-
-def test_a_file_object_is_strictly_of_the_sdks_type(client: OpenAI) -> None:
-    files = client.files.with_raw_response
-    assert_is_strictly(FileObject, files.create(file=b"some", purpose="batch"))
-    file = upload(client, b"some")
-    assert_is_strictly(FileObject, files.retrieve(file.id))
-    assert_is_strictly(FileDeleted, files.delete(file.id))
-
-
-def test_a_deleted_file_is_no_longer_there(client: OpenAI) -> None:
-    file, other = upload(client, b"1"), upload(client, b"2")
-    assert client.files.delete(file.id).deleted
-    for use in (client.files.retrieve, client.files.content, client.files.delete):
-        with pytest.raises(openai.NotFoundError, match=file.id):
-            use(file.id)
-    assert file.id not in [one.id for one in client.files.list()]
-    assert client.files.retrieve(other.id) == other
-
-
-def test_files_are_listed_page_by_page_the_newest_first(client: OpenAI) -> None:
-    files = [upload(client, b"1", "vision") for _ in range(5)]
-    upload(client, b"1", "assistants")
-    page = client.files.list(purpose="vision", limit=2)
-    assert page.data == [files[4], files[3]]
-    assert page.has_next_page()
-    assert list(islice(page, 5)) == files[::-1]
-    after = client.files.list(purpose="vision", after=files[3].id, limit=3)
-    assert after.data == files[2::-1]
-
-
-def test_files_are_listed_the_oldest_first_where_that_is_asked_for(
-    client: OpenAI,
-) -> None:
-    files = [upload(client, b"1", "vision") for _ in range(5)]
-    listed = list(client.files.list(purpose="vision", order="asc", limit=2))
-    assert listed[-5:] == files
-
-
-def test_a_list_without_a_purpose_has_files_of_all_purposes(client: OpenAI) -> None:
-    files = [upload(client, b"1", purpose) for purpose in ("batch", "fine-tune")]
-    assert client.files.list().data[:2] == files[::-1]
-
-
-@pytest.mark.parametrize("limit", ["0", "-1", "many"])
-@pytest.mark.parametrize("kind", ["files", "batches"])
-def test_a_wrong_limit_of_a_list_is_refused(
-    client: OpenAI, kind: str, limit: str
-) -> None:
-    with pytest.raises(openai.BadRequestError) as error:
-        getattr(client, kind).list(extra_query={"limit": limit})
-    assert error.value.param == "limit"
-
-
-@pytest.mark.parametrize(
-    ("form", "param"),
-    [
-        ({"purpose": (None, "batch")}, "file"),
-        ({"file": ("a", b"1")}, "purpose"),
-        ({"file": ("a", b"1"), "purpose": (None, "")}, "purpose"),
-        ({"file": ("a", b"1"), "purpose": (None, "fun")}, "purpose"),
-        ({"file": ("a", b"1"), "purpose": (None, "batch_output")}, "purpose"),
-    ],
-    ids=["no file", "no purpose", "empty purpose", "bad purpose", "not for users"],
-)
-def test_a_form_without_a_file_or_a_good_purpose_is_refused(
-    post: Any, form: Json, param: str
-) -> None:
-    status, error = post(files=form)
-    assert (status, error["type"]) == (400, "invalid_request_error")
-    assert error["param"] == param
-
-
-@pytest.mark.parametrize("sent", [{"json": {}}, {"data": {"purpose": "batch"}}, {}])
-def test_a_body_that_is_no_multipart_form_is_refused(post: Any, sent: Json) -> None:
-    status, error = post(**sent)
-    assert status == 400
-    assert "multipart/form-data" in error["message"]
-
-
-FILE = b'--B\r\nContent-Disposition: form-data; name="file"'
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        b"",
-        b"no form",
-        FILE,
-        FILE + b"\r\n\r\nnever ends",
-        FILE.replace(b":", b"") + b"\r\n\r\n1\r\n--B--\r\n",
-        FILE + b"\r\nx: " + b"x" * 99_999 + b"\r\n\r\n1\r\n--B--\r\n",
-        FILE.replace(b"file", b"purpose")
-        + b"\r\nContent-Transfer-Encoding: none\r\n\r\nbatch\r\n--B--\r\n",
-    ],
-    ids=["empty", "text", "cut", "endless", "header", "long header", "encoding"],
-)
-def test_a_broken_form_is_the_clients_fault(post: Any, broken: bytes) -> None:
-    form = "multipart/form-data; boundary=B"
-    status, error = post(content=broken, headers={"content-type": form})
-    assert (status, error["type"]) == (400, "invalid_request_error")
-
-
-def test_a_file_may_be_larger_than_the_body_of_a_call(client: OpenAI) -> None:
-    file = upload(client, bytes(server.MAX_BODY_BYTES + 1), "user_data")
-    assert client.files.retrieve(file.id).bytes == server.MAX_BODY_BYTES + 1
-    client.files.delete(file.id)
-
-
-@pytest.mark.parametrize(
-    ("limit", "most"), [("MAX_FILE_BYTES", 10), ("MAX_TOTAL_BYTES", 20)]
-)
-def test_a_file_past_a_limit_is_refused_and_not_kept(limit: str, most: int) -> None:
-    async def upload_two() -> tuple[list[int], int]:
-        async with TestClient(TestServer(server.Server().app())) as http:
-            statuses = []
-            for size in (10, 11):
-                form = FormData({"purpose": "batch"})
-                form.add_field("file", bytes(size), filename="a")
-                response = await http.post("/v1/files", data=form)
-                statuses.append(response.status)
-            listed = await (await http.get("/v1/files")).json()
-            return statuses, len(listed["data"])
-
-    with mock.patch.object(files, limit, most):
-        assert asyncio.run(upload_two()) == ([200, 413], 1)
-
-
-# The life of a batch
-
-
-def test_a_batch_is_validated_worked_off_and_completed(
+def test_batch_is_validated_processed_and_completed(
     client: OpenAI, provider: Provider
 ) -> None:
-    provider.configure(batch_speed=BARELY)
-    batch = start(client, lines(10), metadata={"for": "a test"})
+    provider.configure(batch_speed=ALMOST_STOPPED)
+    batch = start(client, make_lines(10), metadata={"for": "a test"})
     assert batch.status == "validating"
     assert (batch.endpoint, batch.completion_window) == (CHAT, "24h")
     assert batch.metadata == {"for": "a test"}
     assert batch.expires_at == batch.created_at + 24 * 60 * 60
 
-    halfway = until(client, batch, "in_progress", least_done=1)
+    halfway = wait_for(client, batch, "in_progress", min_completed=1)
     assert counts(halfway) == (10, 1, 0)
     assert not halfway.output_file_id
 
     provider.configure(batch_speed=1e6)
-    batch = until(client, batch, "completed")
+    batch = wait_for(client, batch, "completed")
     assert counts(batch) == (10, 10, 0)
-    moments = [batch.created_at, batch.in_progress_at, batch.finalizing_at]
-    moments.append(batch.completed_at)
-    assert moments == sorted(moment for moment in moments if moment)
+    times = [batch.created_at, batch.in_progress_at, batch.finalizing_at]
+    times.append(batch.completed_at)
+    assert times == sorted(time for time in times if time)
     assert not any([batch.failed_at, batch.expired_at, batch.cancelled_at])
     assert not any([batch.error_file_id, batch.errors])
     assert client.batches.retrieve(batch.id) == batch
 
 
-@pytest.mark.parametrize("requests", [lines(2), []], ids=["completed", "failed"])
-def test_a_batch_object_is_strictly_of_the_sdks_type(
+@pytest.mark.parametrize("requests", [make_lines(2), []], ids=["completed", "failed"])
+def test_batch_object_matches_the_sdks_type_exactly(
     client: OpenAI, requests: list[Json]
 ) -> None:
     raw = client.batches.with_raw_response
@@ -326,31 +160,35 @@ def test_a_batch_object_is_strictly_of_the_sdks_type(
         endpoint=CHAT,
         completion_window="24h",
     )
-    assert_is_strictly(Batch, created)
+    assert_matches_exactly(Batch, created)
     batch = created.parse()
-    until(client, batch, "completed" if requests else "failed")
-    assert_is_strictly(Batch, raw.retrieve(batch.id))
+    wait_for(client, batch, "completed" if requests else "failed")
+    assert_matches_exactly(Batch, raw.retrieve(batch.id))
 
 
 @pytest.mark.parametrize("endpoint", INPUTS)
-def test_a_batch_answers_as_the_route_does(client: OpenAI, endpoint: str) -> None:
-    requests = lines(3, endpoint)
-    batch = completed(client, requests, endpoint)
+def test_batch_gives_the_same_answers_as_direct_requests(
+    client: OpenAI, endpoint: str
+) -> None:
+    requests = make_lines(3, endpoint)
+    batch = run(client, requests, endpoint)
     assert batch.error_file_id is None
-    found = results(client, batch.output_file_id)
-    assert found.keys() == {request["custom_id"] for request in requests}
+    output = results(client, batch.output_file_id)
+    assert output.keys() == {request["custom_id"] for request in requests}
     for request in requests:
-        one = found[request["custom_id"]]
-        assert one["error"] is None
-        response = one["response"]
-        assert (response["status_code"], response["body"]) == live(client, request)
+        result = output[request["custom_id"]]
+        assert result["error"] is None
+        response = result["response"]
+        assert (response["status_code"], response["body"]) == ask_directly(
+            client, request
+        )
         assert response["request_id"]
-    assert len({one["id"] for one in found.values()}) == len(found)
+    assert len({result["id"] for result in output.values()}) == len(output)
 
 
-def test_a_batchs_files_are_ordinary_files(client: OpenAI) -> None:
-    requests = [*lines(2), line("bad", body("Hi", max_tokens=0))]
-    batch = completed(client, requests)
+def test_output_and_error_file_are_ordinary_files(client: OpenAI) -> None:
+    requests = [*make_lines(2), line("bad", body("Hi", max_tokens=0))]
+    batch = run(client, requests)
     for file_id, count in ((batch.output_file_id, 2), (batch.error_file_id, 1)):
         file = client.files.retrieve(str(file_id))
         assert file.purpose == "batch_output"
@@ -359,78 +197,84 @@ def test_a_batchs_files_are_ordinary_files(client: OpenAI) -> None:
         client.files.delete(file.id)
 
 
-def test_a_batchs_usage_is_the_sum_of_its_answers(client: OpenAI) -> None:
-    batch = completed(client, lines(3))
+def test_usage_of_a_batch_is_the_sum_of_its_answers(client: OpenAI) -> None:
+    batch = run(client, make_lines(3))
     usages = [answer["usage"] for answer in answers(client, batch).values()]
     assert batch.usage
-    assert batch.usage.input_tokens == sum(one["prompt_tokens"] for one in usages)
-    assert batch.usage.output_tokens == sum(one["completion_tokens"] for one in usages)
-    assert batch.usage.total_tokens == sum(one["total_tokens"] for one in usages)
+    assert batch.usage.input_tokens == sum(usage["prompt_tokens"] for usage in usages)
+    assert batch.usage.output_tokens == sum(
+        usage["completion_tokens"] for usage in usages
+    )
+    assert batch.usage.total_tokens == sum(usage["total_tokens"] for usage in usages)
 
 
 FAILING = {
     "no messages": {"model": "some-model"},
     "bad value": body("Hi", n=0),
     "unknown parameter": body("Hi", colour="blue"),
-    "refused parameter": body("Hi", logprobs=True),
+    "unsupported parameter": body("Hi", logprobs=True),
 }
 
 
-def test_a_failed_request_is_in_the_error_file_with_the_routes_error(
+def test_failed_request_is_in_the_error_file_with_the_error_of_a_direct_request(
     client: OpenAI,
 ) -> None:
-    bad = [line(custom_id, one) for custom_id, one in FAILING.items()]
-    good = lines(2)
-    batch = completed(client, [good[0], *bad, good[1]])
+    bad = [line(custom_id, request) for custom_id, request in FAILING.items()]
+    good = make_lines(2)
+    batch = run(client, [good[0], *bad, good[1]])
     assert counts(batch) == (2 + len(bad), 2, len(bad))
-    assert answers(client, batch).keys() == {one["custom_id"] for one in good}
-    found = results(client, batch.error_file_id)
-    assert found.keys() == FAILING.keys()
+    assert answers(client, batch).keys() == {request["custom_id"] for request in good}
+    failed = results(client, batch.error_file_id)
+    assert failed.keys() == FAILING.keys()
     for request in bad:
-        one = found[request["custom_id"]]
-        assert one["error"] is None
-        response = one["response"]
-        assert (response["status_code"], response["body"]) == live(client, request)
+        result = failed[request["custom_id"]]
+        assert result["error"] is None
+        response = result["response"]
+        assert (response["status_code"], response["body"]) == ask_directly(
+            client, request
+        )
         assert response["status_code"] == 400
 
 
-def test_a_request_for_a_model_that_does_not_exist_fails_with_404(
+def test_request_for_an_unknown_model_fails_with_404(
     client: OpenAI, provider: Provider
 ) -> None:
     provider.configure(models=["other"])
-    batch = completed(client, lines(1))
-    [one] = results(client, batch.error_file_id).values()
-    assert one["response"]["status_code"] == 404
-    assert one["response"]["body"]["error"]["code"] == "model_not_found"
+    batch = run(client, make_lines(1))
+    [result] = results(client, batch.error_file_id).values()
+    assert result["response"]["status_code"] == 404
+    assert result["response"]["body"]["error"]["code"] == "model_not_found"
 
 
-def test_where_all_requests_fail_there_is_no_output_file(client: OpenAI) -> None:
-    batch = completed(client, lines(2, n=0))
+def test_batch_whose_requests_all_fail_has_no_output_file(client: OpenAI) -> None:
+    batch = run(client, make_lines(2, n=0))
     assert counts(batch) == (2, 0, 2)
     assert not batch.output_file_id
     assert len(results(client, batch.error_file_id)) == 2
 
 
-def test_a_request_with_a_malformed_schema_fails_alone(client: OpenAI) -> None:
+def test_request_with_a_malformed_schema_does_not_fail_the_batch(
+    client: OpenAI,
+) -> None:
     schema = {"type": "string", "minLength": "x"}
     wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
     bad = line("bad", body("Hi", response_format=wanted))
-    batch = completed(client, [bad, *lines(2)])
-    assert done(batch) == 2
+    batch = run(client, [bad, *make_lines(2)])
+    assert count_completed(batch) == 2
     response = results(client, batch.error_file_id)["bad"]["response"]
     assert response["status_code"] == 400
 
 
-def test_the_same_input_gives_the_same_answers(client: OpenAI) -> None:
-    first, second = (completed(client, lines(5)) for _ in range(2))
+def test_same_input_gives_the_same_answers(client: OpenAI) -> None:
+    first, second = (run(client, make_lines(5)) for _ in range(2))
     assert first.id != second.id
     assert answers(client, first) == answers(client, second)
 
 
 # Validation
 
-GOOD = lines(1)[0]
-LEFT_OUT = [
+GOOD = make_lines(1)[0]
+WITHOUT_ONE_FIELD = [
     {name: value for name, value in GOOD.items() if name != missing} for missing in GOOD
 ]
 
@@ -441,8 +285,8 @@ LEFT_OUT = [
         (b'{"custom_id": "a"', "invalid_json_line", None),
         (b"\xff", "invalid_json_line", None),
         *(
-            (jsonl([one]), "missing_required_parameter", name)
-            for name, one in zip(GOOD, LEFT_OUT, strict=True)
+            (jsonl([request]), "missing_required_parameter", name)
+            for name, request in zip(GOOD, WITHOUT_ONE_FIELD, strict=True)
         ),
         (jsonl([GOOD]), "duplicate_custom_id", "custom_id"),
         (
@@ -453,10 +297,10 @@ LEFT_OUT = [
         (jsonl([line("a", body("Hi", model="b"))]), "model_mismatch", "body.model"),
     ],
 )
-def test_a_batch_with_a_wrong_line_fails_and_names_line_and_field(
+def test_batch_with_an_invalid_line_fails_and_names_line_and_field(
     client: OpenAI, second: bytes, code: str, param: str | None
 ) -> None:
-    batch = until(client, start(client, jsonl([GOOD]) + second), "failed")
+    batch = wait_for(client, start(client, jsonl([GOOD]) + second), "failed")
     [error] = errors(batch)
     assert (error.code, error.line, error.param) == (code, 2, param)
     assert error.message
@@ -474,16 +318,16 @@ def test_a_batch_with_a_wrong_line_fails_and_names_line_and_field(
     ],
     ids=["empty", "blank", "too many"],
 )
-def test_a_file_without_a_line_or_with_too_many_fails_as_a_whole(
+def test_batch_with_no_lines_or_too_many_fails(
     client: OpenAI, content: bytes, code: str
 ) -> None:
-    [error] = errors(until(client, start(client, content), "failed"))
+    [error] = errors(wait_for(client, start(client, content), "failed"))
     assert (error.code, error.line, error.param) == (code, None, None)
 
 
-def test_every_wrong_line_is_told_by_its_number_in_the_file(client: OpenAI) -> None:
+def test_every_invalid_line_is_reported_with_its_line_number(client: OpenAI) -> None:
     content = b"\n" + jsonl([GOOD]) + b"\r\n" + b"[\n" + jsonl([GOOD]) + b"]"
-    batch = until(client, start(client, content), "failed")
+    batch = wait_for(client, start(client, content), "failed")
     assert [(error.code, error.line) for error in errors(batch)] == [
         ("invalid_json_line", 4),
         ("duplicate_custom_id", 5),
@@ -499,7 +343,7 @@ def test_every_wrong_line_is_told_by_its_number_in_the_file(client: OpenAI) -> N
         ({"completion_window": "1h"}, "completion_window"),
     ],
 )
-def test_a_wrong_field_of_a_new_batch_is_refused(
+def test_invalid_field_of_a_new_batch_gets_a_400_that_names_it(
     client: OpenAI, changed: Json, param: str
 ) -> None:
     fields: Any = {"endpoint": CHAT, "completion_window": "24h"} | changed
@@ -509,7 +353,7 @@ def test_a_wrong_field_of_a_new_batch_is_refused(
     assert error.value.param == param
 
 
-def test_a_batch_takes_only_a_file_that_was_uploaded_for_one(client: OpenAI) -> None:
+def test_input_file_with_another_purpose_gets_a_400(client: OpenAI) -> None:
     file = upload(client, jsonl([GOOD]), "user_data")
     with pytest.raises(openai.BadRequestError) as error:
         client.batches.create(
@@ -518,152 +362,153 @@ def test_a_batch_takes_only_a_file_that_was_uploaded_for_one(client: OpenAI) -> 
     assert error.value.param == "input_file_id"
 
 
-def test_an_unknown_batch_is_not_found(client: OpenAI) -> None:
-    for use in (client.batches.retrieve, client.batches.cancel):
+def test_unknown_batch_is_not_found(client: OpenAI) -> None:
+    for method in (client.batches.retrieve, client.batches.cancel):
         with pytest.raises(openai.NotFoundError, match="batch_none"):
-            use("batch_none")
+            method("batch_none")
 
 
-# Cancelled, expired
+# Cancelling and expiry
 
 
-def test_a_cancelled_batch_keeps_what_was_done_and_names_what_was_not(
+def test_cancelled_batch_keeps_its_answers_and_lists_unfinished_requests(
     client: OpenAI, provider: Provider
 ) -> None:
-    provider.configure(batch_speed=BARELY)
-    requests = lines(5)
-    batch = until(client, start(client, requests), "in_progress", least_done=1)
+    provider.configure(batch_speed=ALMOST_STOPPED)
+    requests = make_lines(5)
+    batch = wait_for(client, start(client, requests), "in_progress", min_completed=1)
     cancelling = client.batches.cancel(batch.id)
     assert cancelling.status == "cancelling"
     assert cancelling.cancelling_at
     assert not cancelling.cancelled_at
 
-    batch = until(client, batch, "cancelled")
+    batch = wait_for(client, batch, "cancelled")
     assert batch.cancelled_at
     assert not batch.completed_at
     assert counts(batch) == (5, 1, 4)
     [first, *others] = requests
-    assert answers(client, batch) == {first["custom_id"]: live(client, first)[1]}
-    undone = results(client, batch.error_file_id)
-    assert [*undone] == [request["custom_id"] for request in others]
-    assert {one["error"]["code"] for one in undone.values()} == {"batch_cancelled"}
-    assert not any(one["response"] for one in undone.values())
+    assert answers(client, batch) == {
+        first["custom_id"]: ask_directly(client, first)[1]
+    }
+    unfinished = results(client, batch.error_file_id)
+    assert [*unfinished] == [request["custom_id"] for request in others]
+    codes = {result["error"]["code"] for result in unfinished.values()}
+    assert codes == {"batch_cancelled"}
+    assert not any(result["response"] for result in unfinished.values())
 
 
-def test_a_batch_may_be_cancelled_before_it_has_begun(
+def test_batch_can_be_cancelled_before_it_starts(
     client: OpenAI, provider: Provider
 ) -> None:
-    provider.configure(batch_speed=BARELY)
-    batch = start(client, lines(100))
+    provider.configure(batch_speed=ALMOST_STOPPED)
+    batch = start(client, make_lines(100))
     client.batches.cancel(batch.id)
-    assert done(until(client, batch, "cancelled")) < 100
+    assert count_completed(wait_for(client, batch, "cancelled")) < 100
 
 
-def test_a_batch_that_is_cancelled_while_it_is_checked_names_no_lines(
+def test_batch_cancelled_during_validation_has_no_error_file(
     client: OpenAI, provider: Provider
 ) -> None:
-    # Its lines may be no requests at all.
-    requests = jsonl(lines(batches.MAX_LINES - 1, EMBEDDINGS)) + b"{\n"
+    # An error file would list the lines, but they may not be requests at all.
+    requests = jsonl(make_lines(batches.MAX_LINES - 1, EMBEDDINGS)) + b"{\n"
     batch = start(client, requests, EMBEDDINGS)
     assert client.batches.cancel(batch.id).status == "cancelling"
-    batch = until(client, batch, "cancelled")
+    batch = wait_for(client, batch, "cancelled")
     assert not batch.in_progress_at
     assert not batch.error_file_id
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-def test_a_batch_that_has_ended_cannot_be_cancelled(
+def test_batch_in_a_final_status_cannot_be_cancelled(
     client: OpenAI, provider: Provider, status: str
 ) -> None:
     if status == "cancelled":
-        provider.configure(batch_speed=BARELY)
-    batch = start(client, b"{" if status == "failed" else jsonl(lines(2)))
+        provider.configure(batch_speed=ALMOST_STOPPED)
+    batch = start(client, b"{" if status == "failed" else jsonl(make_lines(2)))
     if status == "cancelled":
         client.batches.cancel(batch.id)
-    batch = until(client, batch, status)
+    batch = wait_for(client, batch, status)
     with pytest.raises(openai.ConflictError, match=status):
         client.batches.cancel(batch.id)
     assert client.batches.retrieve(batch.id) == batch
 
 
-def test_what_an_expired_batch_did_not_come_to_is_in_its_error_file(
+def test_expired_batch_lists_unfinished_requests_in_its_error_file(
     client: OpenAI, provider: Provider
 ) -> None:
-    provider.configure(batch_speed=BARELY, batch_window=1)
-    requests = lines(5)
-    batch = until(client, start(client, requests), "expired")
+    provider.configure(batch_speed=ALMOST_STOPPED, batch_window=1)
+    requests = make_lines(5)
+    batch = wait_for(client, start(client, requests), "expired")
     assert batch.expired_at
     assert not batch.completed_at
     answered = answers(client, batch)
-    undone = results(client, batch.error_file_id)
+    unfinished = results(client, batch.error_file_id)
     assert answered
-    assert undone
-    assert [*answered, *undone] == [request["custom_id"] for request in requests]
-    for one in undone.values():
-        assert one["response"] is None
-        assert one["error"].keys() == {"code", "message"}
-        assert one["error"]["code"] == "batch_expired"
-    assert done(batch) == len(answered)
+    assert unfinished
+    assert [*answered, *unfinished] == [request["custom_id"] for request in requests]
+    for result in unfinished.values():
+        assert result["response"] is None
+        assert result["error"].keys() == {"code", "message"}
+        assert result["error"]["code"] == "batch_expired"
+    assert count_completed(batch) == len(answered)
 
 
-# Speed, and several at once
+# Speed and concurrency
 
 
-def test_a_batch_takes_as_long_as_its_speed_says(
+def test_batch_speed_sets_how_long_a_batch_takes(
     client: OpenAI, provider: Provider
 ) -> None:
     def seconds(speed: float) -> float:
         provider.configure(batch_speed=speed)
-        begun = time.monotonic()
-        completed(client, lines(30))
-        return time.monotonic() - begun
+        start = time.monotonic()
+        run(client, make_lines(30))
+        return time.monotonic() - start
 
     slow, fast = seconds(20), seconds(1e6)
     assert slow >= 29 / 20
     assert slow > 2 * fast
 
 
-def test_two_batches_at_once_do_not_disturb_each_other(
-    client: OpenAI, provider: Provider
-) -> None:
-    provider.configure(batch_speed=BARELY)
-    requests = {CHAT: lines(10), EMBEDDINGS: lines(15, EMBEDDINGS)}
-    pair = [start(client, each, endpoint) for endpoint, each in requests.items()]
+def test_concurrent_batches_are_independent(client: OpenAI, provider: Provider) -> None:
+    provider.configure(batch_speed=ALMOST_STOPPED)
+    requests = {CHAT: make_lines(10), EMBEDDINGS: make_lines(15, EMBEDDINGS)}
+    pair = [start(client, lines, endpoint) for endpoint, lines in requests.items()]
     for batch in pair:
-        until(client, batch, "in_progress", least_done=1)
+        wait_for(client, batch, "in_progress", min_completed=1)
     provider.configure(batch_speed=1e6)
-    for batch, each in zip(pair, requests.values(), strict=True):
-        ended = until(client, batch, "completed")
+    for batch, lines in zip(pair, requests.values(), strict=True):
+        ended = wait_for(client, batch, "completed")
         assert answers(client, ended) == {
-            request["custom_id"]: live(client, request)[1] for request in each
+            request["custom_id"]: ask_directly(client, request)[1] for request in lines
         }
 
 
-def test_batches_are_listed_page_by_page_the_newest_first(client: OpenAI) -> None:
-    made = [completed(client, lines(1)) for _ in range(5)]
+def test_batches_are_listed_in_pages_newest_first(client: OpenAI) -> None:
+    created = [run(client, make_lines(1)) for _ in range(5)]
     page = client.batches.list(limit=2)
-    assert page.data == made[:2:-1]
+    assert page.data == created[:2:-1]
     assert page.has_next_page()
-    assert list(islice(page, 5)) == made[::-1]
-    assert client.batches.list(after=made[4].id, limit=4).data == made[3::-1]
+    assert list(islice(page, 5)) == created[::-1]
+    assert client.batches.list(after=created[4].id, limit=4).data == created[3::-1]
 
 
-def test_a_batch_of_the_largest_size_leaves_the_server_free_for_calls(
+def test_batch_of_the_maximum_size_does_not_block_other_calls(
     client: OpenAI,
 ) -> None:
-    requests = lines(batches.MAX_LINES, EMBEDDINGS, dimensions=1)
-    # The client loads what a chat call needs at the first: not the server's doing.
+    requests = make_lines(batches.MAX_LINES, EMBEDDINGS, dimensions=1)
+    # The client's first chat call is slow because it imports modules.
     client.chat.completions.create(**body("Hello"))
-    batch = until(client, start(client, requests, EMBEDDINGS), "in_progress")
-    begun, waits = time.monotonic(), []
+    batch = wait_for(client, start(client, requests, EMBEDDINGS), "in_progress")
+    start_time, waits = time.monotonic(), []
     while batch.status == "in_progress":
-        asked = time.monotonic()
+        sent = time.monotonic()
         client.chat.completions.create(**body("Hello"))
-        waits.append(time.monotonic() - asked)
+        waits.append(time.monotonic() - sent)
         batch = client.batches.retrieve(batch.id)
-    batch = until(client, batch, "completed")
-    assert done(batch) == batches.MAX_LINES
+    batch = wait_for(client, batch, "completed")
+    assert count_completed(batch) == batches.MAX_LINES
     assert len(waits) > 10
-    assert max(waits) < (time.monotonic() - begun) / 4
+    assert max(waits) < (time.monotonic() - start_time) / 4
     output = client.files.content(str(batch.output_file_id)).content
     assert output.count(b"\n") == batches.MAX_LINES

@@ -13,48 +13,50 @@ from openai import OpenAI
 
 from helpers.connection import Provider
 from llm_stub.capacity import Capacity
+from tests.llm_stub.conftest import Json, finished_attempts
 
-Json = dict[str, Any]
 Connection = http.client.HTTPConnection
 
 SKY = "Why is the sky blue?"
 LATENCY = 0.4
-CLOSE = 0.02  # seconds between a turn's end and the next one's begin, at most
+TOLERANCE = 0.02  # seconds by which the next call may start early or late
+
+# The queue
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 10))
 
 
-async def ticks(count: int = 5) -> None:
-    for _ in range(count):
+async def run_other_tasks(rounds: int = 5) -> None:
+    for _ in range(rounds):
         await asyncio.sleep(0)
 
 
-def with_limit(limit: int | None) -> Capacity:
+def capacity_of(limit: int | None) -> Capacity:
     capacity = Capacity()
     capacity.change(limit)
     return capacity
 
 
-async def is_free(capacity: Capacity, turns: int) -> None:
-    """So many turns are free, and no more."""
-    for _ in range(turns):
+async def assert_free_slots(capacity: Capacity, slots: int) -> None:
+    """Exactly this many slots are free."""
+    for _ in range(slots):
         assert await asyncio.wait_for(capacity.enter(), 1) is False
-    more = asyncio.create_task(capacity.enter())
-    await ticks()
-    assert not more.done()
-    more.cancel()
-    for _ in range(turns):
+    one_more = asyncio.create_task(capacity.enter())
+    await run_other_tasks()
+    assert not one_more.done()
+    one_more.cancel()
+    for _ in range(slots):
         capacity.leave()
 
 
-def test_entering_tells_whether_there_was_a_queue() -> None:
+def test_enter_returns_whether_it_had_to_wait() -> None:
     async def main() -> None:
-        capacity = with_limit(1)
+        capacity = capacity_of(1)
         assert await capacity.enter() is False
         queued = asyncio.create_task(capacity.enter())
-        await ticks()
+        await run_other_tasks()
         assert not queued.done()
         capacity.leave()
         assert await queued is True
@@ -62,30 +64,30 @@ def test_entering_tells_whether_there_was_a_queue() -> None:
     run(main())
 
 
-def test_without_a_limit_nobody_queues_and_all_are_counted() -> None:
+def test_without_a_limit_calls_are_counted_but_never_queue() -> None:
     async def main() -> None:
-        capacity = with_limit(None)
+        capacity = capacity_of(None)
         for _ in range(100):
             assert await capacity.enter() is False
         capacity.change(101)
-        await is_free(capacity, 1)
+        await assert_free_slots(capacity, 1)
         for _ in range(100):
             capacity.leave()
-        await is_free(capacity, 101)
+        await assert_free_slots(capacity, 101)
 
     run(main())
 
 
-def test_a_lowered_limit_lets_nobody_in_until_enough_have_left() -> None:
+def test_lowered_limit_admits_nobody_until_enough_calls_have_left() -> None:
     async def main() -> None:
-        capacity = with_limit(3)
+        capacity = capacity_of(3)
         for _ in range(3):
             await capacity.enter()
         capacity.change(1)
         queued = asyncio.create_task(capacity.enter())
         for _ in range(2):
             capacity.leave()
-            await ticks()
+            await run_other_tasks()
             assert not queued.done()
         capacity.leave()
         assert await queued is True
@@ -94,12 +96,12 @@ def test_a_lowered_limit_lets_nobody_in_until_enough_have_left() -> None:
 
 
 @pytest.mark.parametrize("limit", [3, None])
-def test_a_raised_limit_lets_the_queue_in_at_once(limit: int | None) -> None:
+def test_raised_limit_admits_queued_calls_immediately(limit: int | None) -> None:
     async def main() -> None:
-        capacity = with_limit(1)
+        capacity = capacity_of(1)
         await capacity.enter()
         queued = [asyncio.create_task(capacity.enter()) for _ in range(2)]
-        await ticks()
+        await run_other_tasks()
         capacity.change(limit)
         assert await asyncio.gather(*queued) == [True, True]
 
@@ -108,43 +110,43 @@ def test_a_raised_limit_lets_the_queue_in_at_once(limit: int | None) -> None:
 
 @pytest.mark.parametrize("cancelled_first", [False, True])
 @pytest.mark.parametrize("by_change", [False, True])
-def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next(
+def test_slot_of_a_call_that_is_being_cancelled_goes_to_the_next(
     cancelled_first: bool, by_change: bool
 ) -> None:
     async def main() -> None:
-        capacity = with_limit(1)
+        capacity = capacity_of(1)
         await capacity.enter()
-        gone, waiting = (asyncio.create_task(capacity.enter()) for _ in range(2))
-        await ticks()
+        cancelled, waiting = (asyncio.create_task(capacity.enter()) for _ in range(2))
+        await run_other_tasks()
         if cancelled_first:
-            gone.cancel()
+            cancelled.cancel()
         if by_change:
             capacity.change(2)
         else:
             capacity.leave()
-        gone.cancel()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await gone
+            await cancelled
         assert await waiting is True
         if by_change:
             capacity.leave()
         capacity.leave()
-        await is_free(capacity, 2 if by_change else 1)
+        await assert_free_slots(capacity, 2 if by_change else 1)
 
     run(main())
 
 
-def test_a_whole_queue_that_is_cancelled_leaves_no_trace() -> None:
+def test_cancelled_queue_occupies_no_slots() -> None:
     async def main() -> None:
-        capacity = with_limit(1)
+        capacity = capacity_of(1)
         await capacity.enter()
         queued = [asyncio.create_task(capacity.enter()) for _ in range(10)]
-        await ticks()
+        await run_other_tasks()
         for task in queued:
             task.cancel()
         capacity.leave()
         await asyncio.wait(queued)
-        await is_free(capacity, 1)
+        await assert_free_slots(capacity, 1)
 
     run(main())
 
@@ -160,11 +162,11 @@ def test_a_whole_queue_that_is_cancelled_leaves_no_trace() -> None:
     )
 )
 @settings(deadline=None, max_examples=150, derandomize=True)
-def test_whatever_happens_no_turn_is_lost_or_given_twice_and_the_order_is_kept(
+def test_slots_are_never_lost_or_shared_and_the_queue_is_first_in_first_out(
     steps: list[tuple[str, int, int]],
 ) -> None:
     async def main() -> None:
-        capacity, most = with_limit(2), 2
+        capacity, highest_limit = capacity_of(2), 2
         finished: list[asyncio.Event] = []
         queued: list[int] = []
         entered: list[int] = []
@@ -186,206 +188,205 @@ def test_whatever_happens_no_turn_is_lost_or_given_twice_and_the_order_is_kept(
             if verb == "arrive":
                 finished.append(asyncio.Event())
                 calls.append(asyncio.create_task(call(len(calls))))
-                await ticks(1)  # a call arrives when its task begins
+                await run_other_tasks(1)  # a call arrives when its task starts
             elif verb == "limit":
                 capacity.change(which % 3 + 1)
-                most = max(most, which % 3 + 1)
+                highest_limit = max(highest_limit, which % 3 + 1)
             elif calls and verb == "cancel":
                 calls[-1 - which % len(calls)].cancel()
             elif inside:
                 finished[sorted(inside)[which % len(inside)]].set()
-            await ticks(pause)
-            assert len(inside) <= most
+            await run_other_tasks(pause)
+            assert len(inside) <= highest_limit
             if pause == 2:
-                await ticks()  # all whose turn has come have begun
+                await run_other_tasks()  # every admitted call has started
                 waiting = {n for n, task in enumerate(calls) if not task.done()}
                 assert min(waiting - inside, default=40) > max(entered, default=-1)
         for event in finished:
             event.set()
-        ends = await asyncio.gather(*calls, return_exceptions=True)
+        results = await asyncio.gather(*calls, return_exceptions=True)
         assert queued == sorted(queued)
-        assert {number for number, end in enumerate(ends) if end is None} <= {*entered}
-        assert all(isinstance(end, asyncio.CancelledError | None) for end in ends)
+        assert {n for n, result in enumerate(results) if result is None} <= {*entered}
+        assert all(isinstance(r, asyncio.CancelledError | None) for r in results)
         capacity.change(2)
-        await is_free(capacity, 2)
+        await assert_free_slots(capacity, 2)
 
     run(main())
 
 
-Begin = Callable[..., Connection]
+# The stub
+
+StartCall = Callable[..., Connection]
 
 
 @pytest.fixture
-def begin(provider: Provider) -> Iterator[Begin]:
-    """Send a call, and wait until it has arrived."""
+def start_call(provider: Provider) -> Iterator[StartCall]:
+    """Send a request and wait until it has arrived, but not for the response."""
     provider.configure(first_token=LATENCY, per_token=0, jitter=0)
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as stack:
 
-        def begin(path: str = "completions", **body: Any) -> Connection:
+        def start_call(path: str = "completions", **body: Any) -> Connection:
             before = provider.ask("/_provider/stats")["requests"]
             connection = Connection(provider.url.removeprefix("http://"), timeout=30)
-            opened.callback(connection.close)
-            asked = {"model": "m", **(body or {"prompt": SKY})}
-            connection.request("POST", f"/v1/{path}", json.dumps(asked))
+            stack.callback(connection.close)
+            body = {"model": "m", **(body or {"prompt": SKY})}
+            connection.request("POST", f"/v1/{path}", json.dumps(body))
             while provider.ask("/_provider/stats")["requests"] == before:
                 pass
             return connection
 
-        yield begin
+        yield start_call
 
 
-def answered(*connections: Connection) -> None:
+def read_responses(*connections: Connection) -> None:
     for connection in connections:
         response = connection.getresponse()
         response.read()
         assert response.status == 200
 
 
-def attempts(provider: Provider) -> list[Json]:
-    """The calls in the order of their arrival, once all have ended."""
-    found: list[Json] = provider.ask("/_provider/journal?settle=10")["attempts"]
-    assert all(entry["end"] is not None for entry in found)
-    return found
-
-
-def took(entry: Json) -> float:
+def duration(entry: Json) -> float:
     return float(entry["end"] - entry["arrival"])
 
 
 @pytest.mark.parametrize("capacity", [1, 2])
-def test_so_many_calls_at_once_are_answered_in_the_order_of_their_arrival(
-    provider: Provider, begin: Begin, capacity: int
+def test_capacity_limits_concurrency_and_calls_are_served_in_order_of_arrival(
+    provider: Provider, start_call: StartCall, capacity: int
 ) -> None:
     provider.configure(capacity=capacity)
-    answered(*(begin() for _ in range(6)))
-    found = attempts(provider)
-    ends = [entry["end"] for entry in found]
+    read_responses(*(start_call() for _ in range(6)))
+    attempts = finished_attempts(provider)
+    ends = [entry["end"] for entry in attempts]
     assert ends == sorted(ends)
     for earlier, later in zip(ends, ends[capacity:], strict=False):
-        assert later - earlier >= LATENCY - CLOSE
+        assert later - earlier >= LATENCY - TOLERANCE
     waves = 6 / capacity
-    assert ends[-1] - found[0]["arrival"] < (waves + 1) * LATENCY
+    assert ends[-1] - attempts[0]["arrival"] < (waves + 1) * LATENCY
 
 
-def test_without_a_capacity_no_call_waits_for_another(
-    provider: Provider, begin: Begin
+def test_without_a_capacity_no_call_waits(
+    provider: Provider, start_call: StartCall
 ) -> None:
-    answered(*(begin() for _ in range(10)))
-    assert max(map(took, attempts(provider))) < 2 * LATENCY
+    read_responses(*(start_call() for _ in range(10)))
+    assert max(map(duration, finished_attempts(provider))) < 2 * LATENCY
 
 
-def test_all_routes_share_one_capacity(provider: Provider, begin: Begin) -> None:
+def test_all_routes_share_one_capacity(
+    provider: Provider, start_call: StartCall
+) -> None:
     provider.configure(capacity=1)
-    answered(
-        begin("completions", prompt=SKY),
-        begin("chat/completions", messages=[{"role": "user", "content": SKY}]),
-        begin("responses", input=SKY),
-        begin("embeddings", input=SKY),
+    read_responses(
+        start_call("completions", prompt=SKY),
+        start_call("chat/completions", messages=[{"role": "user", "content": SKY}]),
+        start_call("responses", input=SKY),
+        start_call("embeddings", input=SKY),
     )
-    ends = [entry["end"] for entry in attempts(provider)]
+    ends = [entry["end"] for entry in finished_attempts(provider)]
     for earlier, later in itertools.pairwise(ends):
-        assert later - earlier >= LATENCY - CLOSE
+        assert later - earlier >= LATENCY - TOLERANCE
 
 
-def test_a_refused_call_does_not_queue(provider: Provider, begin: Begin) -> None:
+def test_rejected_call_does_not_queue(
+    provider: Provider, start_call: StartCall
+) -> None:
     provider.configure(capacity=1, models=["m"], first_token=60)
-    begin()
-    assert begin(model="other", prompt=SKY).getresponse().status == 404
-    assert begin(prompt=SKY, n=0).getresponse().status == 400
+    start_call()
+    assert start_call(model="other", prompt=SKY).getresponse().status == 404
+    assert start_call(prompt=SKY, n=0).getresponse().status == 400
 
 
 @pytest.mark.parametrize("raised", [3, None])
-def test_a_raised_capacity_lets_queued_calls_in(
-    provider: Provider, begin: Begin, raised: int | None
+def test_raised_capacity_admits_queued_calls(
+    provider: Provider, start_call: StartCall, raised: int | None
 ) -> None:
     provider.configure(capacity=1)
-    calls = [begin() for _ in range(3)]
+    calls = [start_call() for _ in range(3)]
     provider.configure(capacity=raised)
-    answered(*calls)
-    first, *queued = attempts(provider)
+    read_responses(*calls)
+    first, *queued = finished_attempts(provider)
     assert max(entry["end"] for entry in queued) < first["end"] + LATENCY
 
 
-def test_a_lowered_capacity_leaves_calls_in_flight_alone(
-    provider: Provider, begin: Begin
+def test_lowered_capacity_does_not_affect_calls_in_flight(
+    provider: Provider, start_call: StartCall
 ) -> None:
     provider.configure(capacity=3)
-    calls = [begin() for _ in range(3)]
+    calls = [start_call() for _ in range(3)]
     provider.configure(capacity=1)
-    answered(*calls, begin(), begin())
-    *before, last_before, one, other = attempts(provider)
-    assert max(map(took, [*before, last_before])) < 2 * LATENCY
-    assert one["end"] >= last_before["end"] + LATENCY - CLOSE
-    assert other["end"] >= one["end"] + LATENCY - CLOSE
+    read_responses(*calls, start_call(), start_call())
+    *earlier, last_earlier, first, second = finished_attempts(provider)
+    assert max(map(duration, [*earlier, last_earlier])) < 2 * LATENCY
+    assert first["end"] >= last_earlier["end"] + LATENCY - TOLERANCE
+    assert second["end"] >= first["end"] + LATENCY - TOLERANCE
 
 
-def test_a_client_that_hangs_up_in_the_queue_leaves_its_place_to_the_next(
-    provider: Provider, begin: Begin, until_in_flight: Callable[[int], None]
+def test_client_that_disconnects_in_the_queue_gives_up_its_place(
+    provider: Provider, start_call: StartCall, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(capacity=1)
-    first, gone, last = begin(), begin(), begin()
-    gone.close()
-    answered(first, last)
-    one, cancelled, other = attempts(provider)
+    first, second, last = start_call(), start_call(), start_call()
+    second.close()
+    read_responses(first, last)
+    answered, cancelled, next_answered = finished_attempts(provider)
     assert (cancelled["state"], cancelled["first_byte"]) == ("cancelled", None)
-    assert cancelled["end"] < one["end"]
-    assert other["end"] < one["end"] + 2 * LATENCY
+    assert cancelled["end"] < answered["end"]
+    assert next_answered["end"] < answered["end"] + 2 * LATENCY
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_in_its_turn_gives_it_to_the_next(
-    provider: Provider, begin: Begin, stream: bool
+def test_client_that_disconnects_frees_its_slot(
+    provider: Provider, start_call: StartCall, stream: bool
 ) -> None:
     provider.configure(capacity=1, per_token=60)
-    first = begin(prompt=SKY, stream=stream)
+    first = start_call(prompt=SKY, stream=stream)
     provider.configure(per_token=0)
-    second = begin()
+    second = start_call()
     if stream:
         first.getresponse().close()
     first.close()
-    answered(second)
-    gone, answer = attempts(provider)
-    assert (gone["state"], answer["state"]) == ("cancelled", "answered")
-    assert answer["end"] >= gone["end"] + LATENCY - CLOSE
+    read_responses(second)
+    cancelled, answered = finished_attempts(provider)
+    assert (cancelled["state"], answered["state"]) == ("cancelled", "answered")
+    assert answered["end"] >= cancelled["end"] + LATENCY - TOLERANCE
 
 
-def test_a_call_that_hangs_holds_its_turn_until_its_client_hangs_up(
-    provider: Provider, begin: Begin
+def test_hanging_call_keeps_its_slot_until_the_client_disconnects(
+    provider: Provider, start_call: StartCall
 ) -> None:
     provider.configure(first_token=0, capacity=1, faults_by_prompt={SKY: ["hang"]})
-    hanging = begin()
+    hanging = start_call()
     provider.configure(first_token=LATENCY, faults_by_prompt={})
-    queued = begin(), begin()
+    queued = start_call(), start_call()
     hanging.close()
-    answered(*queued)
-    ends = [entry["end"] for entry in attempts(provider)]
+    read_responses(*queued)
+    ends = [entry["end"] for entry in finished_attempts(provider)]
     for earlier, later in itertools.pairwise(ends):
-        assert later - earlier >= LATENCY - CLOSE
+        assert later - earlier >= LATENCY - TOLERANCE
 
 
-def test_a_stream_holds_its_turn_until_its_end(
-    provider: Provider, client: OpenAI, begin: Begin
+def test_stream_keeps_its_slot_until_it_ends(
+    provider: Provider, client: OpenAI, start_call: StartCall
 ) -> None:
     provider.configure(capacity=1, per_token=0.1)
     stream = client.completions.create(model="m", prompt=SKY, max_tokens=6, stream=True)
     next(iter(stream))
     provider.configure(per_token=0)
-    queued = begin()
+    queued = start_call()
     list(stream)
-    answered(queued)
-    streamed, waited = attempts(provider)
+    read_responses(queued)
+    streamed, waited = finished_attempts(provider)
     assert streamed["end"] >= streamed["first_byte"] + 0.4
-    assert waited["first_byte"] >= streamed["end"] + LATENCY - CLOSE
+    assert waited["first_byte"] >= streamed["end"] + LATENCY - TOLERANCE
 
 
-def test_a_queued_calls_latency_begins_with_its_turn(
-    provider: Provider, begin: Begin
+def test_latency_of_a_queued_call_starts_when_it_gets_a_slot(
+    provider: Provider, start_call: StartCall
 ) -> None:
     provider.configure(capacity=1, first_token=0.3)
-    first, second = begin(), begin()
+    first, second = start_call(), start_call()
     provider.configure(first_token=0)
-    third = begin()
-    answered(first, second, third)
-    one, other, last = attempts(provider)
-    assert other["end"] >= one["end"] + 0.3 - CLOSE
-    assert other["end"] <= last["end"] < other["end"] + 0.3
+    third = start_call()
+    read_responses(first, second, third)
+    ends = [entry["end"] for entry in finished_attempts(provider)]
+    assert ends[1] >= ends[0] + 0.3 - TOLERANCE
+    assert ends[1] <= ends[2] < ends[1] + 0.3

@@ -14,21 +14,20 @@ import pytest
 from openai import OpenAI
 
 from helpers.connection import Provider
-
-Json = dict[str, Any]
+from tests.llm_stub.conftest import Json, finished_attempts
 
 SKY = "Why is the sky blue?"
 CALLS: dict[str, Json] = {
     "completion": {"prompt": SKY},
     "chat": {"messages": [{"role": "user", "content": SKY}]},
     "response": {"input": SKY},
-    # Where the caller names no format, the SDK takes the vectors apart itself.
+    # Without a format, the SDK asks for base64 and decodes the vectors itself.
     "embedding": {"input": SKY, "encoding_format": "float"},
 }
-EACH_WAY = [(kind, False) for kind in CALLS] + [
+KINDS_AND_STREAM = [(kind, False) for kind in CALLS] + [
     (kind, True) for kind in CALLS if kind != "embedding"
 ]
-RAISED: dict[str, tuple[type[Exception], type[Exception] | None]] = {
+EXPECTED_ERRORS: dict[str, tuple[type[Exception], type[Exception] | None]] = {
     "error_500": (openai.InternalServerError, None),
     "error_503": (openai.InternalServerError, None),
     "reset": (openai.APIConnectionError, httpx2.ReadError),
@@ -37,7 +36,7 @@ RAISED: dict[str, tuple[type[Exception], type[Exception] | None]] = {
     "malformed": (json.JSONDecodeError, None),
     "hang": (openai.APITimeoutError, httpx2.ReadTimeout),
 }
-ENTERED = {
+EXPECTED_ENTRIES = {
     "error_500": (500, "failed"),
     "error_503": (503, "failed"),
     "reset": (None, "failed"),
@@ -48,7 +47,7 @@ ENTERED = {
     "slow": (200, "answered"),
     "hang": (None, "cancelled"),
 }
-ways = pytest.mark.parametrize(("kind", "stream"), EACH_WAY)
+every_kind = pytest.mark.parametrize(("kind", "stream"), KINDS_AND_STREAM)
 
 
 def endpoint(client: Any, kind: str) -> Any:
@@ -63,58 +62,52 @@ def endpoint(client: Any, kind: str) -> Any:
 def ask(
     client: OpenAI, kind: str = "completion", stream: bool = False, **options: Any
 ) -> Any:
-    """Make a call and take its whole answer: of a stream, its events."""
+    """Make a call; returns the answer, or the list of a stream's events."""
     body = CALLS[kind] | options | ({"stream": True} if stream else {})
     answer = endpoint(client, kind).create(model="m", **body)
     return list(answer) if stream else answer
 
 
-def attempts(provider: Provider) -> list[Json]:
-    found: list[Json] = provider.ask("/_provider/journal?settle=5")["attempts"]
-    assert all(entry["end"] is not None for entry in found)
-    return found
-
-
-def entered(provider: Provider) -> list[tuple[int | None, str, str]]:
+def journal_entries(provider: Provider) -> list[tuple[int | None, str, str]]:
     return [
         (entry["status"], entry["state"], entry["fault"])
-        for entry in attempts(provider)
+        for entry in finished_attempts(provider)
     ]
 
 
 @pytest.fixture
 def client(provider: Provider, client: OpenAI) -> OpenAI:
-    """A client of a provider that answers at once, one call at a time."""
+    """A client of a stub that answers immediately, one call at a time."""
     provider.configure(first_token=0, per_token=0, capacity=1)
     return client
 
 
-@ways
-@pytest.mark.parametrize("fault", RAISED)
-def test_a_fault_is_raised_and_the_next_call_of_the_same_client_is_answered(
+@every_kind
+@pytest.mark.parametrize("fault", EXPECTED_ERRORS)
+def test_fault_raises_an_error_and_the_clients_next_call_succeeds(
     client: OpenAI, provider: Provider, fault: str, kind: str, stream: bool
 ) -> None:
     provider.configure(faults_by_prompt={SKY: [fault]})
     if fault == "hang":
         client = client.with_options(timeout=0.3)
-    error, cause = RAISED[fault]
+    error, cause = EXPECTED_ERRORS[fault]
     with pytest.raises(error) as caught:
         ask(client, kind, stream)
     assert type(caught.value) is error
     assert type(caught.value.__cause__) is (cause or type(None))
-    status, state = ENTERED[fault]
+    status, state = EXPECTED_ENTRIES[fault]
     if isinstance(caught.value, openai.InternalServerError):
         assert caught.value.status_code == status
         assert (caught.value.type, caught.value.code) == ("server_error", None)
-    assert entered(provider) == [(status, state, fault)]
+    assert journal_entries(provider) == [(status, state, fault)]
 
     patient = client.with_options(timeout=30)
     assert ask(patient, kind, stream)
-    assert entered(provider)[1:] == [(200, "answered", "")]
+    assert journal_entries(provider)[1:] == [(200, "answered", "")]
 
 
-@ways
-def test_a_page_in_the_place_of_an_answer_is_a_text_or_an_empty_stream(
+@every_kind
+def test_html_page_instead_of_json_becomes_a_str_or_an_empty_stream(
     client: OpenAI, provider: Provider, kind: str, stream: bool
 ) -> None:
     provider.configure(faults_by_prompt={SKY: ["wrong_type"]})
@@ -123,47 +116,51 @@ def test_a_page_in_the_place_of_an_answer_is_a_text_or_an_empty_stream(
     answer = ask(client, kind, stream)
     assert answer
     assert not isinstance(answer, str)
-    first, second = entered(provider)
+    first, second = journal_entries(provider)
     assert first == (200, "failed", "wrong_type")
     assert second == (200, "answered", "")
 
 
-@ways
-def test_a_slow_answer_is_whole_and_late(
+@every_kind
+def test_slow_answer_is_complete_but_late(
     client: OpenAI, provider: Provider, kind: str, stream: bool
 ) -> None:
     provider.configure(faults_by_prompt={SKY: ["slow"]}, slow=0.3)
     late, quick = ask(client, kind, stream), ask(client, kind, stream)
     assert late == quick
-    assert entered(provider) == [(200, "answered", "slow"), (200, "answered", "")]
-    waits = [one["first_byte"] - one["arrival"] for one in attempts(provider)]
+    assert journal_entries(provider) == [
+        (200, "answered", "slow"),
+        (200, "answered", ""),
+    ]
+    attempts = finished_attempts(provider)
+    waits = [entry["first_byte"] - entry["arrival"] for entry in attempts]
     assert waits[0] >= 0.3 > waits[1]
 
 
-def sent(client: OpenAI, kind: str) -> bytes:
-    """The bytes of a stream, as far as they come."""
+def received_bytes(client: OpenAI, kind: str) -> bytes:
+    """The bytes of a stream, up to its end or the error that interrupts it."""
     raw = endpoint(client, kind).with_raw_response.create(
         model="m", stream=True, **CALLS[kind]
     )
     received = b""
     with contextlib.suppress(httpx2.HTTPError):
-        for piece in raw.http_response.iter_bytes():
-            received += piece
+        for chunk in raw.http_response.iter_bytes():
+            received += chunk
     return received
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat", "response"])
 @pytest.mark.parametrize("fault", ["reset_midway", "truncated", "malformed"])
-def test_a_broken_stream_is_the_beginning_of_the_whole_one(
+def test_broken_stream_is_a_prefix_of_the_complete_one(
     client: OpenAI, provider: Provider, fault: str, kind: str
 ) -> None:
-    whole = sent(client, kind)
+    complete = received_bytes(client, kind)
     provider.configure(faults={fault: 1})
-    broken = sent(client, kind)
+    broken = received_bytes(client, kind)
     *events, rest = broken.removesuffix(b"\n\n").split(b"\n\n")
-    assert 5 < len(events) < whole.count(b"\n\n") - 5
-    assert whole.startswith(broken.removesuffix(b"\n\n"))
-    assert attempts(provider)[1]["completion_tokens"] < 20
+    assert 5 < len(events) < complete.count(b"\n\n") - 5
+    assert complete.startswith(broken.removesuffix(b"\n\n"))
+    assert finished_attempts(provider)[1]["completion_tokens"] < 20
     if fault == "malformed":
         _, _, half = rest.partition(b"data: ")
         assert half.startswith(b"{")
@@ -172,17 +169,17 @@ def test_a_broken_stream_is_the_beginning_of_the_whole_one(
 
 
 @pytest.mark.parametrize("fault", ["reset_midway", "truncated", "malformed"])
-def test_a_stream_of_one_token_breaks_too(
+def test_stream_of_one_token_breaks_too(
     client: OpenAI, provider: Provider, fault: str
 ) -> None:
     provider.configure(faults={fault: 1})
-    with pytest.raises(RAISED[fault][0]):
+    with pytest.raises(EXPECTED_ERRORS[fault][0]):
         ask(client, stream=True, max_tokens=1)
-    assert [entry["state"] for entry in attempts(provider)] == ["failed"]
+    assert [entry["state"] for entry in finished_attempts(provider)] == ["failed"]
 
 
-@pytest.mark.parametrize("fault", [*RAISED, "wrong_type", "slow"])
-def test_a_client_that_hangs_up_before_the_fault_has_cancelled_its_call(
+@pytest.mark.parametrize("fault", [*EXPECTED_ERRORS, "wrong_type", "slow"])
+def test_client_that_disconnects_before_the_fault_cancels_its_call(
     client: OpenAI,
     provider: Provider,
     until_in_flight: Callable[[int], None],
@@ -194,18 +191,20 @@ def test_a_client_that_hangs_up_before_the_fault_has_cancelled_its_call(
     connection.request("POST", "/v1/completions", body)
     until_in_flight(1)
     connection.close()
-    [entry] = attempts(provider)
+    [entry] = finished_attempts(provider)
     assert (entry["state"], entry["disconnected"]) == ("cancelled", True)
     assert entry["status"] is None
 
 
 @pytest.mark.parametrize("fault", ["error_500", "error_503", "reset", "truncated"])
-def test_the_sdks_own_retry_gets_past_a_fault(
+def test_sdk_retry_gets_past_a_fault(
     client: OpenAI, provider: Provider, fault: str
 ) -> None:
     provider.configure(faults_by_prompt={SKY: [fault, None]})
     assert ask(client.with_options(max_retries=1)).choices
-    assert [(entry["attempt"], entry["fault"]) for entry in attempts(provider)] == [
+    assert [
+        (entry["attempt"], entry["fault"]) for entry in finished_attempts(provider)
+    ] == [
         (1, fault),
         (2, ""),
     ]
@@ -219,16 +218,16 @@ def succeeds(client: OpenAI, prompt: str = SKY) -> bool:
     return True
 
 
-def test_a_list_of_faults_says_what_becomes_of_each_try(
+def test_faults_by_prompt_apply_to_one_request_each_in_order(
     client: OpenAI, provider: Provider
 ) -> None:
     faults = ["error_500", None, "error_503", None]
     provider.configure(faults_by_prompt={SKY: faults})
-    tries = [succeeds(client) for _ in range(6)]
-    assert tries == [False, True, False, True, True, True]
+    results = [succeeds(client) for _ in range(6)]
+    assert results == [False, True, False, True, True, True]
 
 
-def test_tries_are_counted_anew_after_a_change_and_only_after_one(
+def test_faults_by_prompt_restart_only_if_a_setting_changes(
     client: OpenAI, provider: Provider
 ) -> None:
     listed = {SKY: ["error_500"]}
@@ -240,7 +239,7 @@ def test_tries_are_counted_anew_after_a_change_and_only_after_one(
     assert [succeeds(client), succeeds(client)] == [False, True]
 
 
-def test_tries_of_different_prompts_are_counted_apart(
+def test_faults_by_prompt_count_each_prompt_separately(
     client: OpenAI, provider: Provider
 ) -> None:
     provider.configure(faults_by_prompt={SKY: ["error_500"], "How?": ["error_503"]})
@@ -253,7 +252,7 @@ def test_tries_of_different_prompts_are_counted_apart(
     assert succeeds(client, "How?")
 
 
-def test_white_space_and_case_of_a_prompt_do_not_matter(
+def test_faults_by_prompt_ignore_case_and_whitespace(
     client: OpenAI, provider: Provider
 ) -> None:
     provider.configure(
@@ -264,7 +263,7 @@ def test_white_space_and_case_of_a_prompt_do_not_matter(
     assert succeeds(client, SKY)
 
 
-def test_a_prompt_with_a_list_of_its_own_is_spared_the_rates(
+def test_faults_by_prompt_override_the_rates(
     client: OpenAI, provider: Provider
 ) -> None:
     provider.configure(
@@ -272,7 +271,7 @@ def test_a_prompt_with_a_list_of_its_own_is_spared_the_rates(
     )
     assert [succeeds(client), succeeds(client), succeeds(client)] == [False, True, True]
     assert [succeeds(client, "How?"), succeeds(client, "How?")] == [False, False]
-    statuses = [entry["status"] for entry in attempts(provider)]
+    statuses = [entry["status"] for entry in finished_attempts(provider)]
     assert statuses == [503, 200, 200, 500, 500]
 
 
@@ -287,49 +286,49 @@ RATES = {
 PROMPTS = [f"What is {number} times {number}?" for number in range(400)]
 
 
-def hit(provider: Provider, prompts: list[str], seed: int) -> dict[str, str]:
-    """The fault that each prompt meets, '' for none."""
+def played_faults(provider: Provider, prompts: list[str], seed: int) -> dict[str, str]:
+    """The fault that each prompt gets, '' for none."""
     provider.configure(faults=RATES, seed=seed, capacity=None)
     mark = provider.ask(f"/_provider/journal?since={10**12}")["next"]
 
-    async def ask_all() -> None:
+    async def send_all() -> None:
         url = f"{provider.url}/v1/completions"
         async with aiohttp.ClientSession() as session:
 
-            async def ask_one(prompt: str) -> None:
+            async def send(prompt: str) -> None:
                 with contextlib.suppress(aiohttp.ClientError):
                     body = {"model": "m", "prompt": prompt, "max_tokens": 1}
                     async with session.post(url, json=body) as response:
                         await response.read()
 
-            await asyncio.gather(*map(ask_one, prompts))
+            await asyncio.gather(*map(send, prompts))
 
-    asyncio.run(ask_all())
-    found = provider.ask(f"/_provider/journal?since={mark}&settle=5")["attempts"]
-    assert len(found) == len(prompts)
-    return {entry["prompt"]: entry["fault"] for entry in found}
+    asyncio.run(send_all())
+    attempts = provider.ask(f"/_provider/journal?since={mark}&settle=5")["attempts"]
+    assert len(attempts) == len(prompts)
+    return {entry["prompt"]: entry["fault"] for entry in attempts}
 
 
-def test_each_fault_has_its_share_the_same_in_every_run_with_the_same_seed(
+def test_fault_rates_give_the_same_faults_in_every_run_with_the_same_seed(
     client: OpenAI, provider: Provider
 ) -> None:
-    first = hit(provider, PROMPTS, seed=1)
+    first = played_faults(provider, PROMPTS, seed=1)
     counts = Counter(first.values())
     assert counts.keys() == RATES.keys() | {""}
     for fault, rate in RATES.items():
         assert counts[fault] / 400 == pytest.approx(rate, abs=0.05)
 
-    other = hit(provider, PROMPTS, seed=2)
+    other = played_faults(provider, PROMPTS, seed=2)
     assert Counter(other.values()) != counts
     assert sum(other[prompt] != first[prompt] for prompt in PROMPTS) > 100
-    assert hit(provider, PROMPTS[::-1], seed=1) == first
+    assert played_faults(provider, PROMPTS[::-1], seed=1) == first
 
 
 @pytest.mark.parametrize(
     ("before", "later", "stream"),
     [("error_500", None, False), (None, "reset", False), (None, "reset_midway", True)],
 )
-def test_a_call_in_flight_ends_by_the_faults_it_began_with(
+def test_call_in_flight_keeps_the_faults_it_started_with(
     client: OpenAI,
     provider: Provider,
     until_in_flight: Callable[[int], None],
@@ -351,35 +350,7 @@ def test_a_call_in_flight_ends_by_the_faults_it_began_with(
     provider.configure(faults=rates(later))
     call()
     thread.join()
-    assert [entry["fault"] for entry in attempts(provider)] == [
+    assert [entry["fault"] for entry in finished_attempts(provider)] == [
         before or "",
         later or "",
     ]
-
-
-@pytest.mark.parametrize(
-    ("faults", "reason"),
-    [
-        ({"error_500": 0.6, "reset": 0.5}, "the rates add up to more than 1"),
-        ({"boom": 0.5}, "'error_500', 'error_503', 'reset'"),
-        ({"reset": 1.1}, "less than or equal to 1"),
-        ({"reset": -0.1}, "greater than or equal to 0"),
-    ],
-    ids=["too many", "unknown", "over 1", "below 0"],
-)
-def test_wrong_faults_are_refused_with_a_reason(
-    provider: Provider, faults: dict[str, float], reason: str
-) -> None:
-    before = provider.configure()
-    with pytest.raises(ValueError, match="faults=") as error:
-        provider.configure(faults=faults)
-    assert str(faults) in str(error.value)
-    assert reason in str(error.value)
-    assert provider.configure() == before
-
-
-def test_an_unknown_fault_of_a_prompt_is_refused_with_those_that_exist(
-    provider: Provider,
-) -> None:
-    with pytest.raises(ValueError, match="'error_500', 'error_503', 'reset'"):
-        provider.configure(faults_by_prompt={SKY: ["boom"]})

@@ -13,20 +13,12 @@ from openai import AsyncOpenAI, OpenAI
 
 from helpers.connection import Provider
 from llm_stub.journal import Journal
-
-Json = dict[str, Any]
-
-
-def attempts(provider: Provider) -> list[Json]:
-    """The journal, once every call in it has ended."""
-    found: list[Json] = provider.ask("/_provider/journal?settle=5")["attempts"]
-    assert all(entry["end"] is not None for entry in found)
-    return found
+from tests.llm_stub.conftest import Json, finished_attempts
 
 
-def stats(provider: Provider) -> Json:
-    found: Json = provider.ask("/_provider/stats")
-    return found
+def get_stats(provider: Provider) -> Json:
+    stats: Json = provider.ask("/_provider/stats")
+    return stats
 
 
 Complete = Callable[..., None]
@@ -34,7 +26,7 @@ Complete = Callable[..., None]
 
 @pytest.fixture
 def complete(client: OpenAI) -> Complete:
-    """Make a call and wait for its answer."""
+    """Make a call and wait for the response."""
 
     def complete(prompt: str = "Why?", **options: Any) -> None:
         client.completions.create(model="m", prompt=prompt, **options)
@@ -42,46 +34,48 @@ def complete(client: OpenAI) -> Complete:
     return complete
 
 
-Begin = Callable[..., http.client.HTTPConnection]
+SendCall = Callable[..., http.client.HTTPConnection]
 
 
 @pytest.fixture
-def begin(provider: Provider) -> Iterator[Begin]:
-    """Send a call and do not wait for its answer."""
-    with contextlib.ExitStack() as opened:
+def send_call(provider: Provider) -> Iterator[SendCall]:
+    """Send a request without waiting for the response."""
+    with contextlib.ExitStack() as stack:
 
-        def begin(**options: Any) -> http.client.HTTPConnection:
+        def send_call(**options: Any) -> http.client.HTTPConnection:
             connection = http.client.HTTPConnection(
                 provider.url.removeprefix("http://"), timeout=30
             )
-            opened.callback(connection.close)
+            stack.callback(connection.close)
             body = {"model": "m", "prompt": "Why is the sky blue?"} | options
             connection.request("POST", "/v1/completions", json.dumps(body))
             return connection
 
-        yield begin
+        yield send_call
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_attempt_has_its_moments_in_order(
-    provider: Provider, begin: Begin, stream: bool
+def test_attempt_has_arrival_first_byte_and_end_in_order(
+    provider: Provider, send_call: SendCall, stream: bool
 ) -> None:
     provider.configure(first_token=0.05, per_token=0.02, jitter=0)
-    with begin(stream=stream).getresponse() as response:
+    with send_call(stream=stream).getresponse() as response:
         response.read()
-    [entry] = attempts(provider)
+    [entry] = finished_attempts(provider)
     assert entry["arrival"] + 0.05 <= entry["first_byte"] <= entry["end"]
     receiving = entry["end"] - entry["first_byte"]
     waiting = entry["first_byte"] - entry["arrival"]
     assert receiving > waiting if stream else receiving < waiting
 
 
-def test_an_attempt_tells_the_call(provider: Provider, complete: Complete) -> None:
+def test_attempt_has_route_model_prompt_status_and_tokens(
+    provider: Provider, complete: Complete
+) -> None:
     provider.configure(first_token=0, per_token=0)
     complete("Who wrote Hamlet?", max_tokens=3)
     with pytest.raises(openai.BadRequestError):
         complete(n=0)
-    good, bad = attempts(provider)
+    good, bad = finished_attempts(provider)
     assert good["route"] == bad["route"] == "POST /v1/completions"
     assert (good["state"], good["status"]) == ("answered", 200)
     assert (good["model"], good["prompt"]) == ("m", "Who wrote Hamlet?")
@@ -100,101 +94,107 @@ def test_an_attempt_tells_the_call(provider: Provider, complete: Complete) -> No
         ({"x-stainless-retry-count": "many"}, 1),
         ({"x-stainless-retry-count": "9" * 5000}, 1),
     ],
-    ids=["none", "first", "third", "negative", "a word", "huge"],
+    ids=["no header", "first", "third", "negative", "word", "huge"],
 )
-def test_the_attempts_number_comes_from_the_sdks_header(
+def test_attempt_number_comes_from_the_sdks_retry_header(
     provider: Provider, header: dict[str, str], attempt: int
 ) -> None:
     connection = http.client.HTTPConnection(provider.url.removeprefix("http://"))
     connection.request("GET", "/v1/models", headers=header)
     assert connection.getresponse().status == 200
     connection.close()
-    [entry] = attempts(provider)
+    [entry] = finished_attempts(provider)
     assert entry["attempt"] == attempt
 
 
-def test_the_sdks_own_retries_are_counted(provider: Provider, client: OpenAI) -> None:
+def test_sdk_retries_are_counted(provider: Provider, client: OpenAI) -> None:
     provider.configure(first_token=30)
     impatient = client.with_options(max_retries=1, timeout=0.3)
     with pytest.raises(openai.APITimeoutError):
         impatient.completions.create(model="m", prompt="Why?")
-    found = attempts(provider)
-    assert [entry["attempt"] for entry in found] == [1, 2]
-    assert {entry["state"] for entry in found} == {"cancelled"}
+    attempts = finished_attempts(provider)
+    assert [entry["attempt"] for entry in attempts] == [1, 2]
+    assert {entry["state"] for entry in attempts} == {"cancelled"}
 
 
-def overlap(entries: list[Json]) -> int:
-    """The most entries that are open at one moment, by their own times."""
+def max_overlap(entries: list[Json]) -> int:
+    """The highest number of entries in flight at once, computed from their times."""
     changes = [(entry["arrival"], 1) for entry in entries]
     changes += [(entry["end"], -1) for entry in entries]
-    now = most = 0
+    now = highest = 0
     for _, change in sorted(changes):
         now += change
-        most = max(most, now)
-    return most
+        highest = max(highest, now)
+    return highest
 
 
 @pytest.mark.parametrize("calls", [2, 25])
-def test_calls_released_together_are_in_flight_together(
+def test_concurrent_calls_are_in_flight_together(
     provider: Provider, calls: int
 ) -> None:
     provider.configure(first_token=0.6, per_token=0, jitter=0)
 
-    async def release() -> None:
+    async def send_concurrently() -> None:
         url = f"{provider.url}/v1/completions"
         async with aiohttp.ClientSession() as session:
             bodies = [{"model": "m", "prompt": str(call)} for call in range(calls)]
-            for answered in asyncio.as_completed(
+            for response in asyncio.as_completed(
                 [session.post(url, json=body) for body in bodies]
             ):
-                assert (await answered).status == 200
+                assert (await response).status == 200
 
-    asyncio.run(release())
-    found = attempts(provider)
-    assert len(found) == calls
-    assert stats(provider)["peak_in_flight"] == overlap(found) == calls
+    asyncio.run(send_concurrently())
+    attempts = finished_attempts(provider)
+    assert len(attempts) == calls
+    assert get_stats(provider)["peak_in_flight"] == max_overlap(attempts) == calls
 
 
-def test_calls_one_after_another_are_never_in_flight_together(
+def test_sequential_calls_are_never_in_flight_together(
     provider: Provider, complete: Complete
 ) -> None:
     provider.configure(first_token=0, per_token=0)
     for _ in range(10):
         complete()
-    assert stats(provider)["peak_in_flight"] == overlap(attempts(provider)) == 1
-    assert stats(provider)["in_flight"] == 0
+    assert (
+        get_stats(provider)["peak_in_flight"]
+        == max_overlap(finished_attempts(provider))
+        == 1
+    )
+    assert get_stats(provider)["in_flight"] == 0
 
 
-def test_hanging_up_before_the_first_byte_is_recorded(
-    provider: Provider, begin: Begin, until_in_flight: Callable[[int], None]
+def test_disconnect_before_the_first_byte_is_recorded(
+    provider: Provider, send_call: SendCall, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(first_token=60)
-    connection = begin()
+    connection = send_call()
     until_in_flight(1)
     connection.close()
-    [entry] = attempts(provider)
+    [entry] = finished_attempts(provider)
     assert (entry["state"], entry["disconnected"]) == ("cancelled", True)
     assert (entry["first_byte"], entry["status"]) == (None, None)
     assert entry["completion_tokens"] == 0
-    assert stats(provider)["statuses"] == {"disconnected": 1}
-    assert stats(provider)["in_flight"] == 0
+    assert get_stats(provider)["statuses"] == {"disconnected": 1}
+    assert get_stats(provider)["in_flight"] == 0
 
 
-def test_hanging_up_in_mid_stream_is_recorded(provider: Provider, begin: Begin) -> None:
+def test_disconnect_during_a_stream_is_recorded(
+    provider: Provider, send_call: SendCall
+) -> None:
     provider.configure(first_token=0, per_token=2, jitter=0)
-    connection = begin(stream=True)
+    connection = send_call(stream=True)
     response = connection.getresponse()
     assert response.readline().startswith(b"data: ")
     response.close()
     connection.close()
-    [entry] = attempts(provider)
+    [entry] = finished_attempts(provider)
     assert (entry["state"], entry["status"]) == ("cancelled", 200)
     assert entry["arrival"] <= entry["first_byte"] <= entry["end"]
     assert entry["completion_tokens"] == 1
-    assert stats(provider)["statuses"] == {"disconnected": 1}
+    assert get_stats(provider)["statuses"] == {"disconnected": 1}
 
 
-def test_hanging_up_in_mid_request_is_recorded(
+def test_disconnect_during_the_request_is_recorded(
     provider: Provider, until_in_flight: Callable[[int], None]
 ) -> None:
     host, port = provider.url.removeprefix("http://").split(":")
@@ -203,11 +203,11 @@ def test_hanging_up_in_mid_request_is_recorded(
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
         )
         until_in_flight(1)
-    [entry] = attempts(provider)
+    [entry] = finished_attempts(provider)
     assert (entry["state"], entry["first_byte"]) == ("cancelled", None)
 
 
-def test_a_cancelled_task_is_recorded(
+def test_cancelled_task_is_recorded(
     provider: Provider, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(first_token=60)
@@ -223,21 +223,21 @@ def test_a_cancelled_task_is_recorded(
                 await call
 
     asyncio.run(main())
-    assert [entry["state"] for entry in attempts(provider)] == ["cancelled"]
+    assert [entry["state"] for entry in finished_attempts(provider)] == ["cancelled"]
 
 
-def test_a_call_in_flight_says_so(
-    provider: Provider, begin: Begin, until_in_flight: Callable[[int], None]
+def test_call_in_flight_has_that_state(
+    provider: Provider, send_call: SendCall, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(first_token=60)
-    begin()
+    send_call()
     until_in_flight(1)
     [entry] = provider.ask("/_provider/journal")["attempts"]
     assert entry["state"] == "in flight"
     assert (entry["first_byte"], entry["end"]) == (None, None)
 
 
-def test_since_gives_what_came_after_a_mark(
+def test_since_returns_the_attempts_after_a_mark(
     provider: Provider, complete: Complete
 ) -> None:
     provider.configure(first_token=0, per_token=0)
@@ -252,7 +252,7 @@ def test_since_gives_what_came_after_a_mark(
     assert mark["now"] <= entry["arrival"] <= entry["end"] <= page["now"]
 
 
-def test_settling_waits_for_calls_to_end_but_not_for_later_ones() -> None:
+def test_settle_waits_for_earlier_calls_but_not_for_later_ones() -> None:
     async def main() -> None:
         journal = Journal()
         first = journal.arrive("GET /", 1)
@@ -260,25 +260,25 @@ def test_settling_waits_for_calls_to_end_but_not_for_later_ones() -> None:
         await asyncio.sleep(0)
         journal.arrive("GET /", 1)
         journal.end(first)
-        found = (await page)["attempts"]
-        assert [entry["number"] for entry in found] == [0]
-        assert found[0]["end"] is not None
+        attempts = (await page)["attempts"]
+        assert [entry["number"] for entry in attempts] == [0]
+        assert attempts[0]["end"] is not None
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("query", ["since=first", "settle=long"])
-def test_a_wrong_query_is_refused(provider: Provider, query: str) -> None:
-    with pytest.raises(ValueError, match="refused"):
+def test_invalid_query_is_rejected(provider: Provider, query: str) -> None:
+    with pytest.raises(ValueError, match="rejected the request"):
         provider.ask(f"/_provider/journal?{query}")
 
 
-def page(journal: Journal, since: int = 0) -> Json:
+def read_page(journal: Journal, since: int = 0) -> Json:
     return asyncio.run(journal.since(since))
 
 
-def filled(kept: int, calls: int) -> Journal:
-    journal = Journal(kept)
+def journal_of(calls: int, max_attempts: int) -> Journal:
+    journal = Journal(max_attempts)
     for _ in range(calls):
         entry = journal.arrive("GET /", 1)
         journal.first_byte(entry, 200)
@@ -286,18 +286,18 @@ def filled(kept: int, calls: int) -> Journal:
     return journal
 
 
-def test_the_journal_is_bounded_and_says_what_it_dropped() -> None:
-    journal = filled(kept=3, calls=5)
-    found = page(journal)
-    assert [entry["number"] for entry in found["attempts"]] == [2, 3, 4]
-    assert (found["dropped"], found["next"]) == (2, 5)
-    assert page(journal, since=2)["dropped"] == 0
-    assert page(journal, since=5)["dropped"] == 0
+def test_journal_is_bounded_and_counts_dropped_attempts() -> None:
+    journal = journal_of(calls=5, max_attempts=3)
+    page = read_page(journal)
+    assert [entry["number"] for entry in page["attempts"]] == [2, 3, 4]
+    assert (page["dropped"], page["next"]) == (2, 5)
+    assert read_page(journal, since=2)["dropped"] == 0
+    assert read_page(journal, since=5)["dropped"] == 0
     assert journal.stats()["requests"] == 5
 
 
-def test_a_reset_empties_the_journal_and_goes_on_counting() -> None:
-    journal = filled(kept=10, calls=5)
+def test_reset_empties_the_journal_but_continues_the_numbering() -> None:
+    journal = journal_of(calls=5, max_attempts=10)
     journal.reset()
     assert journal.stats() == {
         "requests": 0,
@@ -307,22 +307,23 @@ def test_a_reset_empties_the_journal_and_goes_on_counting() -> None:
         "peak_in_flight": 0,
         "statuses": {},
     }
-    assert page(journal)["attempts"] == []
-    assert (page(journal)["dropped"], page(journal)["next"]) == (5, 5)
+    page = read_page(journal)
+    assert page["attempts"] == []
+    assert (page["dropped"], page["next"]) == (5, 5)
     assert journal.arrive("GET /", 1).number == 5
 
 
-def test_a_reset_keeps_what_is_in_flight() -> None:
+def test_reset_keeps_calls_in_flight() -> None:
     journal = Journal()
     entry = journal.arrive("GET /", 1)
     journal.reset()
     assert journal.stats()["in_flight"] == journal.stats()["peak_in_flight"] == 1
     journal.end(entry)
     assert journal.stats()["in_flight"] == 0
-    assert page(journal)["dropped"] == 0
+    assert read_page(journal)["dropped"] == 0
 
 
-def test_calls_in_flight_are_counted_even_where_their_entry_was_dropped() -> None:
+def test_calls_in_flight_are_counted_even_if_their_entry_was_dropped() -> None:
     journal = Journal(kept=1)
     entries = [journal.arrive("GET /", 1) for _ in range(3)]
     journal.reset()
@@ -332,7 +333,7 @@ def test_calls_in_flight_are_counted_even_where_their_entry_was_dropped() -> Non
     assert journal.stats()["in_flight"] == 0
 
 
-def test_stats_add_up_what_the_attempts_say(
+def test_stats_are_the_sums_of_the_attempts(
     provider: Provider, complete: Complete
 ) -> None:
     provider.configure(first_token=0, per_token=0, models=["m"])
@@ -343,14 +344,14 @@ def test_stats_add_up_what_the_attempts_say(
         connection.request("GET", path)
         connection.getresponse().read()
         connection.close()
-    found, sums = attempts(provider), stats(provider)
-    assert sums["requests"] == len(found) == 5
+    attempts, stats = finished_attempts(provider), get_stats(provider)
+    assert stats["requests"] == len(attempts) == 5
     for name in ("prompt_tokens", "completion_tokens"):
-        assert sums[name] == sum(entry[name] for entry in found) > 0
-    assert sums["statuses"] == {"200": 3, "404": 2}
+        assert stats[name] == sum(entry[name] for entry in attempts) > 0
+    assert stats["statuses"] == {"200": 3, "404": 2}
 
 
 def test_control_requests_are_not_in_the_journal(provider: Provider) -> None:
     provider.configure()
-    stats(provider)
-    assert attempts(provider) == []
+    get_stats(provider)
+    assert finished_attempts(provider) == []

@@ -11,42 +11,43 @@ from langchain_tests.integration_tests import (
 
 from helpers.connection import Provider
 
-pytestmark = [  # both tell how LangChain and the SDK work together
+pytestmark = [  # both are between LangChain and the SDK, not about the stub
     pytest.mark.filterwarnings("ignore:Pydantic serializer warnings"),
     pytest.mark.filterwarnings("ignore:Received a Pydantic BaseModel V1 schema"),
 ]
 
 SuiteT = TypeVar("SuiteT", bound=type[ChatModelIntegrationTests])
 
-LEFT_OUT = {
-    "test_anthropic_inputs": "the format is another provider's",
-    "test_audio_inputs": "the provider takes text only",
-    "test_image_inputs": "the provider takes text only",
-    "test_image_tool_message": "the provider takes text only",
-    "test_pdf_inputs": "the provider takes text only",
-    "test_pdf_tool_message": "the provider takes text only",
-    "test_stream_time": "a benchmark that wants recorded HTTP calls",
+SKIPPED = {
+    "test_anthropic_inputs": "the format is Anthropic's",
+    "test_audio_inputs": "the stub accepts text only",
+    "test_image_inputs": "the stub accepts text only",
+    "test_image_tool_message": "the stub accepts text only",
+    "test_pdf_inputs": "the stub accepts text only",
+    "test_pdf_tool_message": "the stub accepts text only",
+    "test_stream_time": "a benchmark that needs recorded HTTP calls",
 }
 
 
 def without(reasons: dict[str, str]) -> Callable[[SuiteT], SuiteT]:
-    """Put in each test's place what pytest does not collect.
+    """Remove tests from a suite, with reasons.
 
-    The mark satisfies the suite's own test that none is overridden in silence.
+    Each is replaced by an object that pytest doesn't collect. Its xfail mark
+    satisfies the suite's own check that no test is overridden without a reason.
     """
 
-    def leave_out(suite: SuiteT) -> SuiteT:
+    def remove(suite: SuiteT) -> SuiteT:
         for name, reason in reasons.items():
             assert callable(getattr(suite, name))
             mark = pytest.mark.xfail(reason=reason).mark
             setattr(suite, name, SimpleNamespace(pytestmark=[mark]))
         return suite
 
-    return leave_out
+    return remove
 
 
 @pytest.fixture(autouse=True)
-def at_once(provider: Provider) -> None:
+def no_latency(provider: Provider) -> None:
     provider.configure(first_token=0, per_token=0)
 
 
@@ -61,18 +62,18 @@ class ChatSuite(ChatModelIntegrationTests):
         return {
             "model": "some-model",
             "use_responses_api": self.use_responses_api,
-            "stream_usage": True,  # LangChain asks only OpenAI's own address for it
-            # LangChain's clients share connections, and each test has its own loop.
+            "stream_usage": True,  # by default only if the URL is OpenAI's own
+            # LangChain's clients share connections, but each test has its own loop.
             "default_headers": {"connection": "close"},
         }
 
 
-@without(LEFT_OUT)
+@without(SKIPPED)
 class TestChatCompletions(ChatSuite):
     use_responses_api = False
 
 
-@without(LEFT_OUT)
+@without(SKIPPED)
 class TestResponses(ChatSuite):
     use_responses_api = True
 
@@ -82,5 +83,5 @@ class TestEmbeddings(EmbeddingsIntegrationTests):
 
     @property
     def embedding_model_params(self) -> dict[str, Any]:
-        # Else it counts tokens by a table that it fetches.
+        # Otherwise it downloads a table to count tokens.
         return {"model": "some-model", "check_embedding_ctx_length": False}

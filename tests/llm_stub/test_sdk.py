@@ -47,15 +47,15 @@ from tests.llm_stub.test_wire import (
     FRANCE,
     SKY,
     Json,
-    assert_is_an_error,
+    assert_error_object,
     undocumented,
 )
 
 Call = Callable[[Any], Any]
 Ask = Callable[[Call], Any]
-Strictly = Callable[..., Any]
+FetchStrictly = Callable[..., Any]
 
-M = "some-model"
+MODEL = "some-model"
 WEATHER = "How is the weather in 'Oslo'?"
 
 
@@ -82,36 +82,36 @@ SCHEMA = {
 
 
 def complete(client: Any, prompt: str = SKY, **options: Any) -> Any:
-    return client.completions.create(model=M, prompt=prompt, **options)
+    return client.completions.create(model=MODEL, prompt=prompt, **options)
 
 
 def chat(client: Any, question: str = SKY, **options: Any) -> Any:
     messages = [{"role": "user", "content": question}]
-    return client.chat.completions.create(model=M, messages=messages, **options)
+    return client.chat.completions.create(model=MODEL, messages=messages, **options)
 
 
 def respond(client: Any, question: str = SKY, **options: Any) -> Any:
-    return client.responses.create(model=M, input=question, **options)
+    return client.responses.create(model=MODEL, input=question, **options)
 
 
 def embed(client: Any, text: Any = SKY, **options: Any) -> Any:
-    return client.embeddings.create(model=M, input=text, **options)
+    return client.embeddings.create(model=MODEL, input=text, **options)
 
 
 CHAT_JSON = {"response_format": {"type": "json_schema", "json_schema": SCHEMA}}
 RESPONSE_JSON = {"text": {"format": {"type": "json_schema", **SCHEMA}}}
 CHATS: dict[str, Json] = {
     "text": {},
-    "a call": {"question": WEATHER, "tools": TOOLS},
-    "two calls": {"question": WEATHER, "tools": TOOLS, "n": 2},
-    "a call that is cut": {"question": WEATHER, "tools": TOOLS, "max_tokens": 8},
+    "tool call": {"question": WEATHER, "tools": TOOLS},
+    "two tool calls": {"question": WEATHER, "tools": TOOLS, "n": 2},
+    "tool call cut short": {"question": WEATHER, "tools": TOOLS, "max_tokens": 8},
     "JSON": CHAT_JSON,
 }
 RESPONSES: dict[str, Json] = {
     "text": {},
-    "text that is cut": {"max_output_tokens": 16},
-    "a call": {"question": WEATHER, "tools": FLAT_TOOLS},
-    "a call that is cut": {
+    "text cut short": {"max_output_tokens": 16},
+    "tool call": {"question": WEATHER, "tools": FLAT_TOOLS},
+    "tool call cut short": {
         "question": WEATHER,
         "tools": FLAT_TOOLS,
         "max_output_tokens": 16,
@@ -120,7 +120,7 @@ RESPONSES: dict[str, Json] = {
 }
 
 
-# Every client, every route
+# Every client and every route
 
 
 @pytest.fixture(
@@ -136,11 +136,11 @@ def transport(request: pytest.FixtureRequest) -> Iterator[tuple[Any, asyncio.Run
     http = request.param()
     with asyncio.Runner() as runner:
         yield http, runner
-        runner.run(outcome(http.aclose() if hasattr(http, "aclose") else http.close()))
+        runner.run(resolve(http.aclose() if hasattr(http, "aclose") else http.close()))
 
 
-async def outcome(result: Any) -> Any:
-    """What a call of any client gives; of a stream, its events."""
+async def resolve(result: Any) -> Any:
+    """The result of a call by any client; for a stream, a list of its events."""
     if inspect.isawaitable(result):
         result = await result
     if isinstance(result, AsyncStream):
@@ -149,75 +149,83 @@ async def outcome(result: Any) -> Any:
 
 
 @pytest.fixture
-def at_once(provider: Provider) -> None:
+def no_latency(provider: Provider) -> None:
     provider.configure(first_token=0, per_token=0, batch_speed=1e6)
 
 
 @pytest.fixture
-def client(at_once: None, client: OpenAI) -> OpenAI:
+def client(no_latency: None, client: OpenAI) -> OpenAI:
     return client
 
 
 @pytest.fixture
-def ask(at_once: None, transport: tuple[Any, asyncio.Runner]) -> Ask:
+def ask(no_latency: None, transport: tuple[Any, asyncio.Runner]) -> Ask:
     http, runner = transport
     kind: Any = AsyncOpenAI if hasattr(http, "aclose") else OpenAI
     client = kind(max_retries=0, http_client=http)
-    return lambda call: runner.run(outcome(call(client)))
+    return lambda call: runner.run(resolve(call(client)))
 
 
 @pytest.fixture
-def strictly(ask: Ask) -> Strictly:
-    """The body of a call, by the SDK's type and nothing besides."""
+def fetch_strictly(ask: Ask) -> FetchStrictly:
+    """Return a function that makes a call and validates its body strictly.
 
-    def strictly(
-        call: Call, kind: type[BaseModel], *besides: str, stays: bool = True
+    The body must have the SDK's type, plus only the extra fields listed.
+    With `repeatable`, a second call must return the same body.
+    """
+
+    def fetch_strictly(
+        call: Call, kind: type[BaseModel], *extra: str, repeatable: bool = True
     ) -> Any:
         raw = ask(lambda client: call(client.with_raw_response))
         body = kind.model_validate_json(raw.content, strict=True)
         assert raw.headers["content-type"].startswith("application/json")
         assert raw.request_id.startswith("req_")
-        deeper = undocumented(list(vars(body).values()))  # to iterate a page asks on
-        assert [*(body.model_extra or {}), *deeper] == list(besides)
+        # Not undocumented(body): iterating a page would request the next one.
+        nested = undocumented(list(vars(body).values()))
+        assert [*(body.model_extra or {}), *nested] == list(extra)
         assert raw.parse().model_dump() == body.model_dump()
-        if stays:
+        if repeatable:
             assert ask(call).model_dump() == body.model_dump()
         return body
 
-    return strictly
+    return fetch_strictly
 
 
 BODIES: dict[str, tuple[Call, type[BaseModel]]] = {
-    "a completion": (complete, Completion),
+    "completion": (complete, Completion),
     **{
-        f"a chat: {name}": (lambda client, one=one: chat(client, **one), ChatCompletion)
-        for name, one in CHATS.items()
+        f"chat: {name}": (
+            lambda client, options=options: chat(client, **options),
+            ChatCompletion,
+        )
+        for name, options in CHATS.items()
     },
     **{
-        f"a response: {name}": (
-            lambda client, one=one: respond(client, **one),
+        f"response: {name}": (
+            lambda client, options=options: respond(client, **options),
             Response,
         )
-        for name, one in RESPONSES.items()
+        for name, options in RESPONSES.items()
     },
     "embeddings": (
         lambda client: embed(client, [SKY, FRANCE], encoding_format="float"),
         CreateEmbeddingResponse,
     ),
-    "all models": (lambda client: client.models.list(), SyncPage[Model]),
-    "a model": (lambda client: client.models.retrieve("gpt-3.5-turbo"), Model),
+    "model list": (lambda client: client.models.list(), SyncPage[Model]),
+    "model": (lambda client: client.models.retrieve("gpt-3.5-turbo"), Model),
 }
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_a_body_is_strictly_of_the_sdks_type_for_every_client(
-    strictly: Strictly, name: str
+def test_body_matches_the_sdks_type_exactly_for_every_client(
+    fetch_strictly: FetchStrictly, name: str
 ) -> None:
-    strictly(*BODIES[name])
+    fetch_strictly(*BODIES[name])
 
 
 @pytest.mark.parametrize("create", [complete, chat, respond])
-def test_every_client_reads_a_stream(ask: Ask, create: Callable[..., Any]) -> None:
+def test_every_client_can_read_a_stream(ask: Ask, create: Callable[..., Any]) -> None:
     def text(event: Any) -> str:
         if hasattr(event, "choices"):
             [choice] = event.choices
@@ -230,39 +238,45 @@ def test_every_client_reads_a_stream(ask: Ask, create: Callable[..., Any]) -> No
     assert ask(lambda _: raw.parse()) == events
 
 
-LISTED = ("object", "first_id", "last_id")  # documented; not in the SDK's page
+# Documented fields of a page that the SDK's type doesn't declare.
+PAGE_FIELDS = ("object", "first_id", "last_id")
 
 
 def upload(client: Any, content: bytes, name: str = "requests.jsonl") -> Any:
     return client.files.create(file=(name, content), purpose="batch")
 
 
-def test_every_client_keeps_a_file(ask: Ask, strictly: Strictly) -> None:
+def test_every_client_can_upload_read_and_delete_a_file(
+    ask: Ask, fetch_strictly: FetchStrictly
+) -> None:
     content = "日本語 \x00".encode() * 1000
-    file = strictly(lambda client: upload(client, content), FileObject, stays=False)
+    file = fetch_strictly(
+        lambda client: upload(client, content), FileObject, repeatable=False
+    )
     assert (file.bytes, file.filename) == (len(content), "requests.jsonl")
 
-    def found(client: Any) -> Any:
+    def list_files(client: Any) -> Any:
         return client.files.list(purpose="batch")
 
-    assert strictly(lambda client: client.files.retrieve(file.id), FileObject) == file
-    page = strictly(found, SyncCursorPage[FileObject], *LISTED)
+    found = fetch_strictly(lambda client: client.files.retrieve(file.id), FileObject)
+    assert found == file
+    page = fetch_strictly(list_files, SyncCursorPage[FileObject], *PAGE_FIELDS)
     assert file in page.data
     assert ask(lambda client: client.files.content(file.id)).content == content
     raw = ask(lambda client: client.with_raw_response.files.content(file.id))
     assert raw.content == content
 
-    gone = strictly(
-        lambda client: client.files.delete(file.id), FileDeleted, stays=False
+    deleted = fetch_strictly(
+        lambda client: client.files.delete(file.id), FileDeleted, repeatable=False
     )
-    assert (gone.id, gone.deleted) == (file.id, True)
-    assert file.id not in {one.id for one in ask(found).data}
-    for lost in ("retrieve", "content", "delete"):
+    assert (deleted.id, deleted.deleted) == (file.id, True)
+    assert file.id not in {other.id for other in ask(list_files).data}
+    for method in ("retrieve", "content", "delete"):
         with pytest.raises(openai.NotFoundError, match=file.id):
-            ask(lambda client, lost=lost: getattr(client.files, lost)(file.id))
+            ask(lambda client, method=method: getattr(client.files, method)(file.id))
 
 
-def lines(*bodies: Json) -> bytes:
+def batch_input(*bodies: Json) -> bytes:
     request = {"method": "POST", "url": "/v1/chat/completions"}
     return "\n".join(
         json.dumps({"custom_id": str(number), **request, "body": body})
@@ -270,10 +284,10 @@ def lines(*bodies: Json) -> bytes:
     ).encode()
 
 
-ASKED: Json = {"model": M, "messages": [{"role": "user", "content": SKY}]}
+CHAT_BODY: Json = {"model": MODEL, "messages": [{"role": "user", "content": SKY}]}
 
 
-def begin(client: Any, file: str) -> Any:
+def create_batch(client: Any, file: str) -> Any:
     return client.batches.create(
         input_file_id=file,
         endpoint="/v1/chat/completions",
@@ -282,131 +296,134 @@ def begin(client: Any, file: str) -> Any:
     )
 
 
-def ended(ask: Ask, batch: str) -> Any:
+def wait_for_batch(ask: Ask, batch: str) -> Any:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         found = ask(lambda client: client.batches.retrieve(batch))
         if found.status in ("completed", "failed", "cancelled", "expired"):
             return found
-    raise AssertionError(found)
+    raise AssertionError(f"the batch hasn't ended: {found}")
 
 
 @pytest.mark.parametrize(
-    ("content", "end"),
+    ("content", "status"),
     [
-        pytest.param(lines(ASKED), "completed", id="all answered"),
-        pytest.param(lines(ASKED, {**ASKED, "n": 0}), "completed", id="one refused"),
-        pytest.param(b"no JSON", "failed", id="invalid"),
+        pytest.param(batch_input(CHAT_BODY), "completed", id="all succeed"),
+        pytest.param(
+            batch_input(CHAT_BODY, {**CHAT_BODY, "n": 0}), "completed", id="one fails"
+        ),
+        pytest.param(b"not JSON", "failed", id="invalid file"),
     ],
 )
-def test_every_client_has_a_batch_done(
-    ask: Ask, strictly: Strictly, content: bytes, end: str
+def test_every_client_can_run_a_batch(
+    ask: Ask, fetch_strictly: FetchStrictly, content: bytes, status: str
 ) -> None:
     file = ask(lambda client: upload(client, content))
-    begun = strictly(lambda client: begin(client, file.id), Batch, stays=False)
-    assert (begun.status, begun.metadata) == ("validating", {"lesson": "5"})
-    assert ended(ask, begun.id).status == end
-    batch = strictly(lambda client: client.batches.retrieve(begun.id), Batch)
-    page = strictly(
-        lambda client: client.batches.list(), SyncCursorPage[Batch], *LISTED
+    created = fetch_strictly(
+        lambda client: create_batch(client, file.id), Batch, repeatable=False
+    )
+    assert (created.status, created.metadata) == ("validating", {"lesson": "5"})
+    assert wait_for_batch(ask, created.id).status == status
+    batch = fetch_strictly(lambda client: client.batches.retrieve(created.id), Batch)
+    page = fetch_strictly(
+        lambda client: client.batches.list(), SyncCursorPage[Batch], *PAGE_FIELDS
     )
     assert batch in page.data
-    if end == "failed":
+    if status == "failed":
         assert batch.errors.data[0].line == 1
         return
-    written = ask(lambda client: client.files.content(batch.output_file_id))
-    [line] = map(json.loads, written.text.splitlines())
+    output = ask(lambda client: client.files.content(batch.output_file_id))
+    [line] = map(json.loads, output.text.splitlines())
     body = ChatCompletion.model_validate_json(
         json.dumps(line["response"]["body"]), strict=True
     )
     assert body == ask(chat)
     assert (line["custom_id"], line["error"]) == ("0", None)
-    strictly(lambda client: client.files.retrieve(batch.output_file_id), FileObject)
+    fetch_strictly(
+        lambda client: client.files.retrieve(batch.output_file_id), FileObject
+    )
     assert (batch.error_file_id is None) == (batch.request_counts.failed == 0)
 
 
-def test_every_client_cancels_a_batch(
-    ask: Ask, strictly: Strictly, provider: Provider
+def test_every_client_can_cancel_a_batch(
+    ask: Ask, fetch_strictly: FetchStrictly, provider: Provider
 ) -> None:
     provider.configure(batch_speed=0.001)
-    file = ask(lambda client: upload(client, lines(ASKED, ASKED)))
-    begun = ask(lambda client: begin(client, file.id))
+    file = ask(lambda client: upload(client, batch_input(CHAT_BODY, CHAT_BODY)))
+    created = ask(lambda client: create_batch(client, file.id))
 
     def cancel(client: Any) -> Any:
-        return client.batches.cancel(begun.id)
+        return client.batches.cancel(created.id)
 
-    assert strictly(cancel, Batch, stays=False).status == "cancelling"
-    assert ended(ask, begun.id).status == "cancelled"
-    strictly(lambda client: client.batches.retrieve(begun.id), Batch)
+    assert fetch_strictly(cancel, Batch, repeatable=False).status == "cancelling"
+    assert wait_for_batch(ask, created.id).status == "cancelled"
+    fetch_strictly(lambda client: client.batches.retrieve(created.id), Batch)
     with pytest.raises(openai.ConflictError, match="cancelled"):
         ask(cancel)
 
 
-def test_the_sdk_pages_through_a_list(client: OpenAI) -> None:
-    made = [upload(client, b"", name=f"{number}.jsonl").id for number in range(3)]
-    kept = {file.id for file in client.files.list(purpose="batch")}
+def test_sdk_can_page_through_a_list_newest_first(client: OpenAI) -> None:
+    uploaded = [upload(client, b"", name=f"{number}.jsonl").id for number in range(3)]
+    listed = {file.id for file in client.files.list(purpose="batch")}
     paged = [file.id for file in client.files.list(purpose="batch", limit=2)]
-    assert set(made) <= kept == set(paged)
-    assert paged[:3] == made[::-1]
-    for number in made:
-        client.files.delete(number)
+    assert set(uploaded) <= listed == set(paged)
+    assert paged[:3] == uploaded[::-1]
+    for id_ in uploaded:
+        client.files.delete(id_)
 
 
-# Streams, event by event
+# The events of streams
 
 
-def sse(raw: Any) -> list[tuple[str, str]]:
-    """The name and the data of each event."""
+def sse_events(raw: Any) -> list[tuple[str, str]]:
+    """The `event:` line and the data of each event."""
     assert raw.headers["content-type"].startswith("text/event-stream")
-    *events, end = raw.http_response.read().decode().split("\n\n")
-    assert end == ""
+    *events, rest = raw.http_response.read().decode().split("\n\n")
+    assert rest == ""
     split = [event.rpartition("data: ") for event in events]
     return [(name, data) for name, _, data in split]
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_each_event_of_a_chat_is_strictly_of_the_sdks_type(
-    client: OpenAI, name: str
-) -> None:
+def test_chat_chunks_match_the_sdks_type_exactly(client: OpenAI, name: str) -> None:
     raw = chat(client.with_raw_response, stream=True, **CHATS[name])
-    *events, end = sse(raw)
+    *events, end = sse_events(raw)
     assert end == ("", "[DONE]")
     for event, data in events:
         chunk = ChatCompletionChunk.model_validate_json(data, strict=True)
         assert (event, undocumented(chunk)) == ("", [])
 
 
-def test_each_event_of_a_completion_is_strictly_of_the_sdks_type(
-    client: OpenAI,
-) -> None:
+def test_completion_chunks_match_the_sdks_type_exactly(client: OpenAI) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    *events, end = sse(complete(client.with_raw_response, **options))
+    *events, end = sse_events(complete(client.with_raw_response, **options))
     assert end == ("", "[DONE]")
     for event, data in events:
-        said = json.loads(data)
-        for choice in said["choices"]:
-            # The SDK's type wants a reason in each event; the API has one in the last.
+        fields = json.loads(data)
+        for choice in fields["choices"]:
+            # The SDK's type requires a reason in every chunk. The API sends null
+            # until the last one.
             choice["finish_reason"] = choice["finish_reason"] or "stop"
-        chunk = Completion.model_validate_json(json.dumps(said), strict=True)
+        chunk = Completion.model_validate_json(json.dumps(fields), strict=True)
         assert (event, undocumented(chunk)) == ("", [])
 
 
-EVENTS: dict[str, Any] = {
+RESPONSE_EVENTS: dict[str, Any] = {
     get_args(kind.model_fields["type"].annotation)[0]: kind
     for kind in get_args(get_args(ResponseStreamEvent)[0])
 }
 
 
 @pytest.mark.parametrize("name", RESPONSES)
-def test_the_events_of_a_response_are_strict_numbered_and_in_order(
+def test_response_events_match_the_sdks_types_and_are_numbered_in_order(
     client: OpenAI, name: str
 ) -> None:
     events = []
-    for head, data in sse(
+    for head, data in sse_events(
         respond(client.with_raw_response, stream=True, **RESPONSES[name])
     ):
         kind = json.loads(data)["type"]
-        event = EVENTS[kind].model_validate_json(data, strict=True)
+        event = RESPONSE_EVENTS[kind].model_validate_json(data, strict=True)
         assert head == f"event: {kind}\n"
         assert (kind, undocumented(event)) == (kind, [])
         events.append(event)
@@ -414,23 +431,23 @@ def test_the_events_of_a_response_are_strict_numbered_and_in_order(
 
     whole = respond(client, **RESPONSES[name])
     [item] = whole.output
-    called = item.type == "function_call"
-    piece = "function_call_arguments" if called else "output_text"
-    text = item.arguments if called else whole.output_text
-    part = [] if called else ["content_part"]
+    is_call = item.type == "function_call"
+    content = "function_call_arguments" if is_call else "output_text"
+    text = item.arguments if is_call else whole.output_text
+    parts = [] if is_call else ["content_part"]
     kinds = [event.type.removeprefix("response.") for event in events]
     assert kinds == [
         *("created", "in_progress", "output_item.added"),
-        *[f"{one}.added" for one in part],
-        *[f"{piece}.delta"] * len(tokens(text)),
-        f"{piece}.done",
-        *[f"{one}.done" for one in part],
+        *[f"{part}.added" for part in parts],
+        *[f"{content}.delta"] * len(tokens(text)),
+        f"{content}.done",
+        *[f"{part}.done" for part in parts],
         *("output_item.done", whole.status),
     ]
     by_kind = dict(zip(kinds, events, strict=True))
     deltas = [event.delta for event in events if event.type.endswith(".delta")]
-    done = by_kind[f"{piece}.done"]
-    assert "".join(deltas) == (done.arguments if called else done.text) == text
+    done = by_kind[f"{content}.done"]
+    assert "".join(deltas) == (done.arguments if is_call else done.text) == text
     assert by_kind["output_item.done"].item == item
     assert by_kind[whole.status].response == whole
     assert by_kind["created"].response.status == "in_progress"
@@ -440,7 +457,7 @@ def test_the_events_of_a_response_are_strict_numbered_and_in_order(
 
 
 @pytest.mark.parametrize("name", RESPONSES)
-def test_a_response_says_why_it_is_incomplete(client: OpenAI, name: str) -> None:
+def test_response_cut_short_has_status_and_reason(client: OpenAI, name: str) -> None:
     whole = respond(client, **RESPONSES[name])
     cut = "cut" in name
     assert whole.status == whole.output[0].status
@@ -451,74 +468,78 @@ def test_a_response_says_why_it_is_incomplete(client: OpenAI, name: str) -> None
         assert whole.usage.output_tokens == 16
 
 
-@pytest.mark.parametrize("name", ["text", "a call", "two calls", "JSON"])
-def test_the_sdk_puts_a_chat_together_from_its_stream(
-    client: OpenAI, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["text", "tool call", "two tool calls", "JSON"])
+def test_sdk_assembles_a_streamed_chat(client: OpenAI, name: str) -> None:
     options = {"question": SKY, **CHATS[name]}
     messages: Any = [{"role": "user", "content": options.pop("question")}]
     with client.chat.completions.stream(
-        model=M, messages=messages, stream_options={"include_usage": True}, **options
+        model=MODEL,
+        messages=messages,
+        stream_options={"include_usage": True},
+        **options,
     ) as stream:
-        made = stream.get_final_completion()
+        streamed = stream.get_final_completion()
     whole = chat(client, **CHATS[name])
-    assert made.usage == whole.usage
-    for one, other in zip(made.choices, whole.choices, strict=True):
-        assert one.finish_reason == other.finish_reason
-        assert one.message.content == other.message.content
-        calls = [
-            [(call.id, call.function.name, call.function.arguments) for call in calls]
-            for calls in (one.message.tool_calls or [], other.message.tool_calls or [])
+    assert streamed.usage == whole.usage
+
+    def tool_calls(choice: Any) -> list[tuple[str, str, str]]:
+        return [
+            (call.id, call.function.name, call.function.arguments)
+            for call in choice.message.tool_calls or []
         ]
-        assert calls[0] == calls[1]
+
+    for actual, expected in zip(streamed.choices, whole.choices, strict=True):
+        assert actual.finish_reason == expected.finish_reason
+        assert actual.message.content == expected.message.content
+        assert tool_calls(actual) == tool_calls(expected)
 
 
-@pytest.mark.parametrize("name", ["text", "a call", "JSON"])
-def test_the_sdk_puts_a_response_together_from_its_stream(
-    client: OpenAI, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["text", "tool call", "JSON"])
+def test_sdk_assembles_a_streamed_response(client: OpenAI, name: str) -> None:
     options = {"question": SKY, **RESPONSES[name]}
     with client.responses.stream(
-        model=M, input=options.pop("question"), **options
+        model=MODEL, input=options.pop("question"), **options
     ) as stream:
-        made = stream.get_final_response()
+        streamed = stream.get_final_response()
     whole = respond(client, **RESPONSES[name])
-    assert (made.id, made.output_text) == (whole.id, whole.output_text)
-    assert made.usage == whole.usage
+    assert (streamed.id, streamed.output_text) == (whole.id, whole.output_text)
+    assert streamed.usage == whole.usage
 
 
 # Tools
 
 
-class Said(NamedTuple):
+class Outcome(NamedTuple):
     called: str | None
     text: str
     reason: str | None = None
 
 
-def chat_with_tools(client: OpenAI, question: str, choice: Any) -> Said:
+def chat_with_tools(client: OpenAI, question: str, choice: Any) -> Outcome:
     if choice not in ("auto", "required", "none"):
         choice = {"type": "function", "function": {"name": choice}}
-    [said] = chat(client, question, tools=TOOLS, tool_choice=choice).choices
-    if not said.message.tool_calls:
-        return Said(None, said.message.content, said.finish_reason)
-    [call] = said.message.tool_calls
-    assert said.message.content is None
-    return Said(call.function.name, call.function.arguments, said.finish_reason)
+    body = chat(client, question, tools=TOOLS, tool_choice=choice)
+    [answered] = body.choices
+    message, reason = answered.message, answered.finish_reason
+    if not message.tool_calls:
+        return Outcome(None, message.content, reason)
+    [call] = message.tool_calls
+    assert message.content is None
+    return Outcome(call.function.name, call.function.arguments, reason)
 
 
-def respond_with_tools(client: OpenAI, question: str, choice: Any) -> Said:
+def respond_with_tools(client: OpenAI, question: str, choice: Any) -> Outcome:
     if choice not in ("auto", "required", "none"):
         choice = {"type": "function", "name": choice}
     body = respond(client, question, tools=FLAT_TOOLS, tool_choice=choice)
     [item] = body.output
     if item.type == "message":
-        return Said(None, body.output_text)
-    return Said(item.name, item.arguments)
+        return Outcome(None, body.output_text)
+    return Outcome(item.name, item.arguments)
 
 
 with_either_api = pytest.mark.parametrize(
-    "say", [chat_with_tools, respond_with_tools], ids=["chat", "responses"]
+    "create", [chat_with_tools, respond_with_tools], ids=["chat", "responses"]
 )
 
 
@@ -533,35 +554,35 @@ with_either_api = pytest.mark.parametrize(
         (WEATHER, "none", None, "stop"),
     ],
 )
-def test_the_tool_that_tool_choice_says_is_called(
+def test_tool_choice_decides_which_tool_is_called(
     client: OpenAI,
-    say: Callable[..., Said],
+    create: Callable[..., Outcome],
     question: str,
     choice: str,
     called: str | None,
     reason: str,
 ) -> None:
-    said = say(client, question, choice)
-    assert said.called == called
-    assert said.reason in (reason, None)
+    outcome = create(client, question, choice)
+    assert outcome.called == called
+    assert outcome.reason in (reason, None)
     if called is None:
-        assert said.text == answer(question)
+        assert outcome.text == answer(question)
     else:
         kind = Weather if called == "get_weather" else Sum
-        kind.model_validate_json(said.text, strict=True)
+        kind.model_validate_json(outcome.text, strict=True)
 
 
 @with_either_api
-def test_a_tool_that_does_not_exist_cannot_be_called(
-    client: OpenAI, say: Callable[..., Said]
+def test_tool_choice_of_an_unknown_tool_gets_a_400(
+    client: OpenAI, create: Callable[..., Outcome]
 ) -> None:
     with pytest.raises(openai.BadRequestError, match="no_such_tool") as error:
-        say(client, WEATHER, "no_such_tool")
+        create(client, WEATHER, "no_such_tool")
     assert error.value.param == "tool_choice"
 
 
 @pytest.mark.parametrize("create", [chat, respond])
-def test_a_tool_cannot_be_required_where_there_is_none(
+def test_tool_choice_required_without_tools_gets_a_400(
     client: OpenAI, create: Callable[..., Any]
 ) -> None:
     with pytest.raises(openai.BadRequestError) as error:
@@ -569,59 +590,61 @@ def test_a_tool_cannot_be_required_where_there_is_none(
     assert error.value.param == "tool_choice"
 
 
-def test_a_chat_goes_on_with_what_the_tool_gave(client: OpenAI) -> None:
+def test_chat_answers_after_a_tool_result(client: OpenAI) -> None:
     [call] = chat(client, WEATHER, tools=TOOLS).choices[0].message.tool_calls
     messages: Any = [
         {"role": "user", "content": WEATHER},
         {"role": "assistant", "tool_calls": [call.to_dict()]},
         {"role": "tool", "tool_call_id": call.id, "content": "rain"},
     ]
-    body = client.chat.completions.create(model=M, messages=messages, tools=TOOLS)
+    body = client.chat.completions.create(model=MODEL, messages=messages, tools=TOOLS)
     assert body.choices[0].finish_reason == "stop"
     assert body.choices[0].message.content == answer(WEATHER)
 
 
-def test_a_response_goes_on_with_what_the_tool_gave(client: OpenAI) -> None:
+def test_response_answers_after_a_tool_result(client: OpenAI) -> None:
     [call] = respond(client, WEATHER, tools=FLAT_TOOLS).output
-    given = {
+    output = {
         "type": "function_call_output",
         "call_id": call.call_id,
         "output": "rain",
     }
-    items = [{"role": "user", "content": WEATHER}, call.to_dict(), given]
+    items = [{"role": "user", "content": WEATHER}, call.to_dict(), output]
     assert respond(client, items, tools=FLAT_TOOLS).output_text == answer(WEATHER)
 
 
-def test_the_arguments_of_a_call_become_the_tools_model(client: OpenAI) -> None:
+def test_sdk_parses_tool_call_arguments_into_the_tools_model(client: OpenAI) -> None:
     messages: Any = [{"role": "user", "content": WEATHER}]
-    completion = client.chat.completions.parse(model=M, messages=messages, tools=TOOLS)
+    completion = client.chat.completions.parse(
+        model=MODEL, messages=messages, tools=TOOLS
+    )
     [call] = completion.choices[0].message.tool_calls or []
-    response = client.responses.parse(model=M, input=WEATHER, tools=TOOLS)
+    response = client.responses.parse(model=MODEL, input=WEATHER, tools=TOOLS)
     [item] = response.output
     assert item.type == "function_call"
-    for made in (call.function.parsed_arguments, item.parsed_arguments):
-        assert isinstance(made, Weather)
-        assert made.city == "Oslo"
+    for parsed in (call.function.parsed_arguments, item.parsed_arguments):
+        assert isinstance(parsed, Weather)
+        assert parsed.city == "Oslo"
 
 
-def test_each_of_n_choices_calls_under_an_id_of_its_own(client: OpenAI) -> None:
+def test_each_of_n_choices_has_a_unique_tool_call_id(client: OpenAI) -> None:
     choices = chat(client, WEATHER, tools=TOOLS, n=3).choices
     assert [choice.index for choice in choices] == [0, 1, 2]
     assert len({choice.message.tool_calls[0].id for choice in choices}) == 3
 
 
-# What the answer looks like
+# JSON answers and stop sequences
 
 
-def test_an_answer_becomes_the_model_that_was_asked_for(client: OpenAI) -> None:
+def test_sdk_parses_structured_output_into_the_requested_model(client: OpenAI) -> None:
     messages: Any = [{"role": "user", "content": WEATHER}]
     completion = client.chat.completions.parse(
-        model=M, messages=messages, response_format=Weather
+        model=MODEL, messages=messages, response_format=Weather
     )
-    response = client.responses.parse(model=M, input=WEATHER, text_format=Weather)
-    for made in (completion.choices[0].message.parsed, response.output_parsed):
-        assert isinstance(made, Weather)
-        assert made.city == "Oslo"
+    response = client.responses.parse(model=MODEL, input=WEATHER, text_format=Weather)
+    for parsed in (completion.choices[0].message.parsed, response.output_parsed):
+        assert isinstance(parsed, Weather)
+        assert parsed.city == "Oslo"
 
 
 def chat_json(client: OpenAI, question: str) -> str:
@@ -634,17 +657,19 @@ def respond_json(client: OpenAI, question: str) -> str:
     return str(body.output_text)
 
 
-@pytest.mark.parametrize("say", [chat_json, respond_json])
-def test_json_mode_gives_an_object_and_wants_the_word_in_the_prompt(
-    client: OpenAI, say: Callable[[OpenAI, str], str]
+@pytest.mark.parametrize("create", [chat_json, respond_json])
+def test_json_mode_returns_an_object_and_requires_json_in_the_prompt(
+    client: OpenAI, create: Callable[[OpenAI, str], str]
 ) -> None:
-    made = json.loads(say(client, "Answer in JSON with the keys 'city' and 'day'."))
-    assert set(made) == {"city", "day"}
+    parsed = json.loads(
+        create(client, "Answer in JSON with the keys 'city' and 'day'.")
+    )
+    assert set(parsed) == {"city", "day"}
     with pytest.raises(openai.BadRequestError, match="json"):
-        say(client, SKY)
+        create(client, SKY)
 
 
-def ends(body: Any) -> list[tuple[str, str]]:
+def texts_and_reasons(body: Any) -> list[tuple[str, str]]:
     return [
         (
             choice.text if isinstance(body, Completion) else choice.message.content,
@@ -657,7 +682,7 @@ def ends(body: Any) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("create", [complete, chat])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("options", "end", "reason"),
+    ("options", "text", "reason"),
     [
         ({"stop": "capital"}, "The ", "stop"),
         ({"stop": ["Paris", "of"]}, "The capital ", "stop"),
@@ -667,28 +692,28 @@ def ends(body: Any) -> list[tuple[str, str]]:
         ({"stop": "capital", "max_tokens": 2}, "The ", "stop"),
     ],
 )
-def test_an_answer_ends_before_the_first_stop_sequence(
+def test_answer_ends_before_the_first_stop_sequence(
     client: OpenAI,
     create: Callable[..., Any],
     stream: bool,
     options: Json,
-    end: str,
+    text: str,
     reason: str,
 ) -> None:
     body = create(client, FRANCE, stream=stream, n=2, **options)
     if not stream:
-        assert ends(body) == [(end, reason)] * 2
+        assert texts_and_reasons(body) == [(text, reason)] * 2
         return
     texts, reasons = ["", ""], ["", ""]
     for chunk in body:
         for choice in chunk.choices:
-            piece = choice.text if create is complete else choice.delta.content
-            texts[choice.index] += piece or ""
+            delta = choice.text if create is complete else choice.delta.content
+            texts[choice.index] += delta or ""
             reasons[choice.index] += choice.finish_reason or ""
-    assert (texts, reasons) == ([end] * 2, [reason] * 2)
+    assert (texts, reasons) == ([text] * 2, [reason] * 2)
 
 
-def test_there_are_at_most_four_stop_sequences(client: OpenAI) -> None:
+def test_more_than_four_stop_sequences_get_a_400(client: OpenAI) -> None:
     assert chat(client, stop=list("1234")).choices
     with pytest.raises(openai.BadRequestError) as error:
         chat(client, stop=list("12345"))
@@ -699,12 +724,12 @@ def test_there_are_at_most_four_stop_sequences(client: OpenAI) -> None:
 
 
 def vectors(body: CreateEmbeddingResponse) -> list[list[float]]:
-    assert [one.index for one in body.data] == list(range(len(body.data)))
-    return [one.embedding for one in body.data]
+    assert [item.index for item in body.data] == list(range(len(body.data)))
+    return [item.embedding for item in body.data]
 
 
 @pytest.mark.parametrize("dimensions", [None, 1, 3, 256])
-def test_embeddings_are_of_unit_length_and_equal_for_equal_texts(
+def test_embeddings_have_unit_length_and_equal_texts_get_equal_ones(
     ask: Ask, dimensions: int | None
 ) -> None:
     options = {} if dimensions is None else {"dimensions": dimensions}
@@ -719,19 +744,20 @@ def test_embeddings_are_of_unit_length_and_equal_for_equal_texts(
     assert vectors(ask(lambda client: embed(client, **options))) == found[:1]
 
 
-def test_base64_holds_the_same_numbers_as_32_bit_floats(ask: Ask) -> None:
-    def encoded(name: str) -> Any:
-        return ask(lambda client: embed(client, encoding_format=name)).data[0]
+def test_base64_embeddings_are_the_same_numbers_as_32_bit_floats(ask: Ask) -> None:
+    def embedding(encoding: str) -> Any:
+        body = ask(lambda client: embed(client, encoding_format=encoding))
+        return body.data[0].embedding
 
-    floats, text = encoded("float").embedding, encoded("base64").embedding
+    floats, text = embedding("float"), embedding("base64")
     unpacked = array("f", base64.b64decode(text))
     assert unpacked.tolist() == pytest.approx(floats, abs=1e-6)
-    assert vectors(ask(embed)) == [unpacked.tolist()]  # the SDK's own way
+    assert vectors(ask(embed)) == [unpacked.tolist()]  # the SDK's default is base64
 
 
-def test_tokens_may_be_embedded_as_numbers(client: OpenAI) -> None:
-    [one] = vectors(embed(client, [1, 2, 3]))
-    assert vectors(embed(client, [[1, 2, 3], [4]]))[0] == one
+def test_token_ids_can_be_embedded(client: OpenAI) -> None:
+    [vector] = vectors(embed(client, [1, 2, 3]))
+    assert vectors(embed(client, [[1, 2, 3], [4]]))[0] == vector
 
 
 @pytest.mark.parametrize(
@@ -739,11 +765,13 @@ def test_tokens_may_be_embedded_as_numbers(client: OpenAI) -> None:
     [
         pytest.param({"text": []}, "input", id="no text"),
         pytest.param({"text": ["a"] * 2049}, "input", id="too many texts"),
-        pytest.param({"dimensions": 0}, "dimensions", id="no numbers"),
-        pytest.param({"encoding_format": "hex"}, "encoding_format", id="hex"),
+        pytest.param({"dimensions": 0}, "dimensions", id="no dimensions"),
+        pytest.param(
+            {"encoding_format": "hex"}, "encoding_format", id="unknown encoding"
+        ),
     ],
 )
-def test_embeddings_that_cannot_be_made_are_refused(
+def test_invalid_embedding_parameters_get_a_400(
     client: OpenAI, options: Json, param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as error:
@@ -754,7 +782,7 @@ def test_embeddings_that_cannot_be_made_are_refused(
 # Parameters
 
 
-DOCUMENTED: dict[str, set[str]] = {
+DOCUMENTED_PARAMS: dict[str, set[str]] = {
     route: set(params.__annotations__)
     for route, params in {
         "/v1/chat/completions": chat_create_params.CompletionCreateParamsStreaming,
@@ -765,76 +793,75 @@ DOCUMENTED: dict[str, set[str]] = {
         "/v1/files": file_create_params.FileCreateParams,
     }.items()
 }
-MODELLED: dict[str, set[str]] = {
+VALIDATED_PARAMS: dict[str, set[str]] = {
     **{route: set(kind.model_fields) for route, kind in ENDPOINTS.items()},
     "/v1/batches": set(batches.Create.model_fields),
     "/v1/files": {"file", "purpose"},
 }
-CREATE = {
+CREATE_BY_ROUTE = {
     "/v1/chat/completions": chat,
     "/v1/completions": complete,
     "/v1/responses": respond,
     "/v1/embeddings": embed,
 }
-REFUSED = [
+UNSUPPORTED_PARAMS = [
     (route, name)
     for route, kind in ENDPOINTS.items()
     for name in sorted(
-        DOCUMENTED[route] & set(api_requests.REFUSED) - set(kind.model_fields)
+        DOCUMENTED_PARAMS[route] & set(api_requests.REFUSED) - set(kind.model_fields)
     )
 ]
 
 
-@pytest.mark.parametrize("route", DOCUMENTED)
-def test_every_parameter_that_the_sdk_documents_is_known(route: str) -> None:
+@pytest.mark.parametrize("route", DOCUMENTED_PARAMS)
+def test_every_parameter_in_the_sdk_is_known(route: str) -> None:
     listed = {*api_requests.NO_EFFECT, *api_requests.REFUSED, "modalities"}
-    assert DOCUMENTED[route] - MODELLED[route] - listed == set()
-    assert MODELLED[route] <= DOCUMENTED[route]
+    assert DOCUMENTED_PARAMS[route] - VALIDATED_PARAMS[route] - listed == set()
+    assert VALIDATED_PARAMS[route] <= DOCUMENTED_PARAMS[route]
 
 
-def test_only_what_the_sdk_documents_is_listed() -> None:
+def test_every_listed_parameter_is_in_the_sdk() -> None:
     listed = {*api_requests.NO_EFFECT, *api_requests.REFUSED, "modalities"}
-    assert listed - set.union(*DOCUMENTED.values()) == set()
+    assert listed - set.union(*DOCUMENTED_PARAMS.values()) == set()
     assert not api_requests.NO_EFFECT & set(api_requests.REFUSED)
 
 
-def refusal(client: OpenAI, route: str, **fields: Any) -> Any:
+def bad_request_code(client: OpenAI, route: str, **fields: Any) -> Any:
+    """The code of the 400 for one field, which the error must name."""
     with pytest.raises(openai.BadRequestError) as error:
-        CREATE[route](client, extra_body=fields)
+        CREATE_BY_ROUTE[route](client, extra_body=fields)
     [name] = fields
-    told = assert_is_an_error({"error": error.value.body})
-    assert told["param"] == name
-    assert name in told["message"]
-    return told["code"]
+    details = assert_error_object({"error": error.value.body})
+    assert details["param"] == name
+    assert name in details["message"]
+    return details["code"]
 
 
-@pytest.mark.parametrize(("route", "name"), REFUSED)
-def test_what_the_stub_cannot_follow_is_refused_by_its_name(
+@pytest.mark.parametrize(("route", "name"), UNSUPPORTED_PARAMS)
+def test_unsupported_parameter_gets_a_400_that_names_it(
     client: OpenAI, route: str, name: str
 ) -> None:
-    assert refusal(client, route, **{name: 1}) == "unsupported_parameter"
-    asked = CREATE[route](client)
-    for nothing in (None, False):
-        assert CREATE[route](client, extra_body={name: nothing}) == asked
+    assert bad_request_code(client, route, **{name: 1}) == "unsupported_parameter"
+    expected = CREATE_BY_ROUTE[route](client)
+    for off in (None, False):
+        assert CREATE_BY_ROUTE[route](client, extra_body={name: off}) == expected
 
 
-def test_a_chat_answers_with_text_only(client: OpenAI) -> None:
+def test_chat_supports_text_output_only(client: OpenAI) -> None:
     assert chat(client, modalities=["text"]) == chat(client)
-    code = refusal(client, "/v1/chat/completions", modalities=["text", "audio"])
+    code = bad_request_code(
+        client, "/v1/chat/completions", modalities=["text", "audio"]
+    )
     assert code == "unsupported_value"
 
 
-@pytest.mark.parametrize("route", CREATE)
-def test_an_unknown_parameter_is_refused_by_its_name(
-    client: OpenAI, route: str
-) -> None:
-    assert refusal(client, route, temprature=0) == "unknown_parameter"
+@pytest.mark.parametrize("route", CREATE_BY_ROUTE)
+def test_unknown_parameter_gets_a_400_that_names_it(client: OpenAI, route: str) -> None:
+    assert bad_request_code(client, route, temprature=0) == "unknown_parameter"
 
 
-def test_an_unknown_parameter_of_a_batch_is_refused_by_its_name(
-    client: OpenAI,
-) -> None:
-    file = upload(client, lines(ASKED))
+def test_unknown_batch_parameter_gets_a_400_that_names_it(client: OpenAI) -> None:
+    file = upload(client, batch_input(CHAT_BODY))
     with pytest.raises(openai.BadRequestError, match="windows"):
         client.batches.create(
             input_file_id=file.id,
@@ -845,7 +872,7 @@ def test_an_unknown_parameter_of_a_batch_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_stream_options_of_a_response_belong_to_its_stream(
+def test_stream_options_of_a_response_require_stream(
     client: OpenAI, stream: bool
 ) -> None:
     options = {"stream": stream, "stream_options": {"include_obfuscation": False}}
@@ -878,10 +905,10 @@ def test_the_stream_options_of_a_response_belong_to_its_stream(
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_a_response_repeats_the_options_it_was_asked_with(
+def test_response_echoes_the_options_of_the_request(
     client: OpenAI, options: Json
 ) -> None:
     body = respond(client, **options).to_dict()
     for name, value in options.items():
-        known = body.get(name)
-        assert known == ({**known, **value} if isinstance(value, dict) else value)
+        echoed = body.get(name)
+        assert echoed == ({**echoed, **value} if isinstance(value, dict) else value)

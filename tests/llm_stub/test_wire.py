@@ -24,10 +24,10 @@ Json = dict[str, Any]
 
 
 def request_body(kind: str, prompt: str = SKY, **options: Any) -> Json:
-    asked: Json = {"prompt": prompt}
+    fields: Json = {"prompt": prompt}
     if kind == "chat":
-        asked = {"messages": [{"role": "user", "content": prompt}]}
-    return {"model": "some-model"} | asked | options
+        fields = {"messages": [{"role": "user", "content": prompt}]}
+    return {"model": "some-model"} | fields | options
 
 
 def endpoint(client: Any, kind: str) -> Any:
@@ -35,14 +35,14 @@ def endpoint(client: Any, kind: str) -> Any:
 
 
 def text_of(choice: Any) -> str:
-    """Of a choice or of a chunk's choice, in either API."""
+    """The text of a choice, from a body or a chunk of either API."""
     if hasattr(choice, "text"):
         return str(choice.text)
     part = choice.delta if hasattr(choice, "delta") else choice.message
     return part.content or ""
 
 
-def asynchronously(call: Callable[[AsyncOpenAI], Awaitable[Any]]) -> Any:
+def run_async(call: Callable[[AsyncOpenAI], Awaitable[Any]]) -> Any:
     async def main() -> Any:
         async with AsyncOpenAI(max_retries=0) as client:
             return await call(client)
@@ -51,13 +51,13 @@ def asynchronously(call: Callable[[AsyncOpenAI], Awaitable[Any]]) -> Any:
 
 
 def undocumented(value: Any) -> list[str]:
-    """Fields, at any depth, that the SDK's type does not have."""
+    """Names of the fields, at any depth, that the SDK's type doesn't declare."""
     if isinstance(value, list):
-        return [name for one in value for name in undocumented(one)]
+        return [name for item in value for name in undocumented(item)]
     if not isinstance(value, BaseModel):
         return []
-    deeper = [name for _, one in value for name in undocumented(one)]
-    return list(value.model_extra or {}) + deeper
+    nested = [name for _, field in value for name in undocumented(field)]
+    return list(value.model_extra or {}) + nested
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def client(provider: Provider, client: OpenAI) -> OpenAI:
 
 @pytest.fixture
 def send(client: OpenAI, provider: Provider) -> Callable[..., tuple[int, Any, Any]]:
-    """Send bytes that no SDK would: gives the status, the JSON, the headers."""
+    """Send a raw body, invalid or not; returns the status, the JSON and the headers."""
 
     def send(
         method: str, path: str, body: bytes = b"", **headers: str
@@ -77,8 +77,8 @@ def send(client: OpenAI, provider: Provider) -> Callable[..., tuple[int, Any, An
             provider.url.removeprefix("http://"), timeout=30
         )
         try:
-            names = {name.replace("_", "-"): value for name, value in headers.items()}
-            connection.request(method, path, body, names)
+            fields = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, body, fields)
             response = connection.getresponse()
             return response.status, json.loads(response.read()), response.headers
         finally:
@@ -91,7 +91,7 @@ def send(client: OpenAI, provider: Provider) -> Callable[..., tuple[int, Any, An
     ("kind", "expected"), [("completion", Completion), ("chat", ChatCompletion)]
 )
 @pytest.mark.parametrize("options", [{}, {"n": 3}, {"max_tokens": 2}])
-def test_a_body_is_strictly_of_the_sdks_type_and_has_no_field_besides(
+def test_body_matches_the_sdks_type_exactly(
     client: OpenAI, kind: str, expected: type[BaseModel], options: Json
 ) -> None:
     raw = endpoint(client, kind).with_raw_response.create(
@@ -114,9 +114,7 @@ def events(client: OpenAI, kind: str, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [{}, {"n": 2}, {"max_tokens": 2}])
-def test_a_chat_chunk_is_strictly_of_the_sdks_type_and_has_no_field_besides(
-    client: OpenAI, options: Json
-) -> None:
+def test_chat_chunks_match_the_sdks_type_exactly(client: OpenAI, options: Json) -> None:
     *chunks, done = events(
         client, "chat", stream_options={"include_usage": True}, **options
     )
@@ -126,33 +124,34 @@ def test_a_chat_chunk_is_strictly_of_the_sdks_type_and_has_no_field_besides(
         assert undocumented(model) == []
 
 
-def test_the_last_event_of_a_completion_is_of_the_sdks_type(client: OpenAI) -> None:
+def test_last_completion_chunk_matches_the_sdks_type_exactly(client: OpenAI) -> None:
     *chunks, last, done = events(client, "completion")
     assert done == "[DONE]"
     assert undocumented(Completion.model_validate_json(last, strict=True)) == []
-    # The SDK's type wants a reason in every event; the API sends null until the last.
+    # The SDK's type requires a reason in every chunk. The API sends null until the
+    # last one.
     reasons = [json.loads(chunk)["choices"][0]["finish_reason"] for chunk in chunks]
     assert set(reasons) == {None}
 
 
 @pytest.mark.parametrize("kind", ROUTES)
-def test_the_async_client_gets_the_same_body_as_the_sync_client(
+def test_async_client_gets_the_same_body_as_the_sync_client(
     client: OpenAI, kind: str
 ) -> None:
     body = request_body(kind)
-    assert asynchronously(
-        lambda other: endpoint(other, kind).create(**body)
+    assert run_async(
+        lambda async_client: endpoint(async_client, kind).create(**body)
     ) == endpoint(client, kind).create(**body)
 
 
 @pytest.mark.parametrize("kind", ROUTES)
-def test_the_answer_is_the_tables(client: OpenAI, kind: str) -> None:
+def test_answer_comes_from_the_answer_table(client: OpenAI, kind: str) -> None:
     [choice] = endpoint(client, kind).create(**request_body(kind)).choices
     assert text_of(choice) == answer(SKY)
     assert choice.finish_reason == "stop"
 
 
-def test_each_of_several_prompts_has_n_choices_in_their_order(client: OpenAI) -> None:
+def test_each_prompt_of_a_list_gets_n_choices_in_prompt_order(client: OpenAI) -> None:
     body = client.completions.create(model="m", prompt=[FRANCE, HAMLET], n=2)
     assert [choice.index for choice in body.choices] == [0, 1, 2, 3]
     assert [choice.text for choice in body.choices] == [
@@ -163,19 +162,19 @@ def test_each_of_several_prompts_has_n_choices_in_their_order(client: OpenAI) ->
     ]
 
 
-def test_a_list_of_one_prompt_is_that_prompt(client: OpenAI) -> None:
-    one = client.completions.create(model="m", prompt=SKY)
-    assert client.completions.create(model="m", prompt=[SKY]) == one
+def test_list_with_one_prompt_equals_that_prompt(client: OpenAI) -> None:
+    expected = client.completions.create(model="m", prompt=SKY)
+    assert client.completions.create(model="m", prompt=[SKY]) == expected
 
 
-def test_text_parts_of_a_message_are_read_as_one_text(client: OpenAI) -> None:
+def test_text_parts_of_a_message_are_joined(client: OpenAI) -> None:
     parts = [{"type": "text", "text": SKY[:5]}, {"type": "text", "text": SKY[5:]}]
     messages: Any = [{"role": "user", "content": parts}]
     in_parts = client.chat.completions.create(model="some-model", messages=messages)
     assert in_parts == client.chat.completions.create(**request_body("chat"))
 
 
-def test_a_chat_is_answered_by_its_last_user_message(client: OpenAI) -> None:
+def test_chat_answers_the_last_user_message(client: OpenAI) -> None:
     messages: Any = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": FRANCE},
@@ -196,7 +195,7 @@ def test_a_chat_is_answered_by_its_last_user_message(client: OpenAI) -> None:
         ("chat", "max_completion_tokens"),
     ],
 )
-def test_an_answer_longer_than_its_limit_is_cut_and_says_so(
+def test_answer_over_the_token_limit_is_cut_with_finish_reason_length(
     client: OpenAI, kind: str, name: str
 ) -> None:
     whole = tokens(answer(SKY))
@@ -209,7 +208,7 @@ def test_an_answer_longer_than_its_limit_is_cut_and_says_so(
 
 @pytest.mark.parametrize("options", [{}, {"n": 3}, {"max_tokens": 3}])
 @pytest.mark.parametrize("kind", ROUTES)
-def test_a_stream_says_what_the_body_says(
+def test_stream_adds_up_to_the_non_streamed_body(
     client: OpenAI, kind: str, options: Json
 ) -> None:
     body = request_body(kind, **options)
@@ -226,24 +225,22 @@ def test_a_stream_says_what_the_body_says(
             assert reasons.get(choice.index) is None
             reasons[choice.index] = choice.finish_reason
     assert list(texts.values()) == [text_of(choice) for choice in whole.choices]
-    assert reasons == {one.index: one.finish_reason for one in whole.choices}
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
 
-    *before, last = chunks
+    *earlier, last = chunks
     assert last.choices == []
     assert last.usage == whole.usage
-    assert [chunk.usage for chunk in before] == [None] * len(before)
+    assert [chunk.usage for chunk in earlier] == [None] * len(earlier)
 
 
 @pytest.mark.parametrize("kind", ROUTES)
-def test_a_stream_has_no_usage_where_none_was_asked_for(
-    client: OpenAI, kind: str
-) -> None:
+def test_stream_has_no_usage_unless_requested(client: OpenAI, kind: str) -> None:
     chunks = list(endpoint(client, kind).create(**request_body(kind, stream=True)))
     assert all(chunk.choices and chunk.usage is None for chunk in chunks)
     assert len(chunks) > len(tokens(answer(SKY)))
 
 
-def test_a_several_prompts_stream_keeps_their_texts_apart(client: OpenAI) -> None:
+def test_stream_of_several_prompts_keeps_their_answers_apart(client: OpenAI) -> None:
     texts = ["", ""]
     for chunk in client.completions.create(
         model="m", prompt=[FRANCE, HAMLET], stream=True
@@ -254,15 +251,17 @@ def test_a_several_prompts_stream_keeps_their_texts_apart(client: OpenAI) -> Non
 
 
 @pytest.mark.parametrize("kind", ROUTES)
-def test_an_async_stream_says_the_same(client: OpenAI, kind: str) -> None:
-    async def joined(other: AsyncOpenAI) -> str:
-        stream = await endpoint(other, kind).create(**request_body(kind, stream=True))
+def test_async_stream_has_the_same_text(client: OpenAI, kind: str) -> None:
+    async def streamed_text(async_client: AsyncOpenAI) -> str:
+        stream = await endpoint(async_client, kind).create(
+            **request_body(kind, stream=True)
+        )
         return "".join([text_of(chunk.choices[0]) async for chunk in stream])
 
-    assert asynchronously(joined) == answer(SKY)
+    assert run_async(streamed_text) == answer(SKY)
 
 
-def test_a_stream_arrives_piece_by_piece(client: OpenAI, provider: Provider) -> None:
+def test_stream_arrives_chunk_by_chunk(client: OpenAI, provider: Provider) -> None:
     provider.configure(per_token=0.05)
     stream = client.completions.create(model="m", prompt=FRANCE, stream=True)
     next(iter(stream))
@@ -270,17 +269,17 @@ def test_a_stream_arrives_piece_by_piece(client: OpenAI, provider: Provider) -> 
     stream.close()
 
 
-@pytest.mark.parametrize("awkward", ["日本語", "👩‍👩‍👧 ünï", "a\nb\tc", ""])
+@pytest.mark.parametrize("prompt", ["日本語", "👩‍👩‍👧 ünï", "a\nb\tc", ""])
 @pytest.mark.parametrize("kind", ROUTES)
-def test_any_text_may_be_asked(client: OpenAI, kind: str, awkward: str) -> None:
-    body = request_body(kind, awkward)
+def test_any_text_is_a_valid_prompt(client: OpenAI, kind: str, prompt: str) -> None:
+    body = request_body(kind, prompt)
     [choice] = endpoint(client, kind).create(**body).choices
-    assert text_of(choice) == answer(awkward)
+    assert text_of(choice) == answer(prompt)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", ROUTES)
-def test_the_headers_tell_the_request_and_the_time_it_took(
+def test_response_headers_have_request_id_and_processing_time(
     client: OpenAI, provider: Provider, kind: str, stream: bool
 ) -> None:
     provider.configure(first_token=0.05, jitter=0)
@@ -294,15 +293,15 @@ def test_the_headers_tell_the_request_and_the_time_it_took(
 
 
 def test_different_prompts_have_different_request_ids(client: OpenAI) -> None:
-    beginning = "A beginning that many prompts of a batch have in common, " * 3
+    prefix = "A long prefix that many prompts share, " * 5
     ids = {
-        client.completions.create(model="m", prompt=beginning + end)._request_id
-        for end in ("one", "two")
+        client.completions.create(model="m", prompt=prefix + ending)._request_id
+        for ending in ("one", "two")
     }
     assert len(ids) == 2
 
 
-def test_models_are_listed_and_found(client: OpenAI) -> None:
+def test_models_can_be_listed_and_retrieved(client: OpenAI) -> None:
     models = client.models.list().data
     assert models
     for model in models:
@@ -312,7 +311,7 @@ def test_models_are_listed_and_found(client: OpenAI) -> None:
         assert raw.request_id.startswith("req_")
 
 
-def test_only_the_models_that_are_set_exist(client: OpenAI, provider: Provider) -> None:
+def test_only_configured_models_exist(client: OpenAI, provider: Provider) -> None:
     provider.configure(models=["mine", "org/mine"])
     assert [model.id for model in client.models.list()] == ["mine", "org/mine"]
     assert client.models.retrieve("org/mine").id == "org/mine"
@@ -329,7 +328,7 @@ def test_only_the_models_that_are_set_exist(client: OpenAI, provider: Provider) 
 MISSING, TYPE, VALUE = "missing_required_parameter", "invalid_type", "invalid_value"
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:,"}}]
 
-WRONG_FIELDS: list[tuple[str, Json, str, str]] = [
+INVALID_FIELDS: list[tuple[str, Json, str, str]] = [
     ("completion", {"model": ...}, "model", MISSING),
     ("completion", {"model": 5}, "model", TYPE),
     ("completion", {"prompt": ...}, "prompt", MISSING),
@@ -371,8 +370,8 @@ WRONG_FIELDS: list[tuple[str, Json, str, str]] = [
 ]
 
 
-def assert_is_an_error(body: Any) -> Json:
-    """The body is OpenAI's error object, and written for a reader."""
+def assert_error_object(body: Any) -> Json:
+    """The body is OpenAI's error object, with no internals in its message."""
     assert set(body) == {"error"}
     error: Json = body["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -384,10 +383,13 @@ def assert_is_an_error(body: Any) -> Json:
 
 @pytest.mark.parametrize(
     ("kind", "fields", "param", "code"),
-    WRONG_FIELDS,
-    ids=[f"{kind}-{json.dumps(one, default=str)}" for kind, one, _, _ in WRONG_FIELDS],
+    INVALID_FIELDS,
+    ids=[
+        f"{kind}-{json.dumps(fields, default=str)}"
+        for kind, fields, _, _ in INVALID_FIELDS
+    ],
 )
-def test_a_wrong_field_is_refused_by_its_name(
+def test_invalid_field_gets_a_400_that_names_it(
     send: Any, client: OpenAI, kind: str, fields: Json, param: str, code: str
 ) -> None:
     body = {
@@ -395,8 +397,8 @@ def test_a_wrong_field_is_refused_by_its_name(
         for name, value in (request_body(kind) | fields).items()
         if value is not ...
     }
-    status, answered, headers = send("POST", ROUTES[kind], json.dumps(body).encode())
-    error = assert_is_an_error(answered)
+    status, error_body, headers = send("POST", ROUTES[kind], json.dumps(body).encode())
+    error = assert_error_object(error_body)
     assert (status, error["param"], error["code"]) == (400, param, code)
     assert param in error["message"]
     assert headers["x-request-id"].startswith("req_")
@@ -407,53 +409,53 @@ def test_a_wrong_field_is_refused_by_its_name(
     "body",
     [
         pytest.param(b"", id="empty"),
-        pytest.param(b'{"model": "m", "prompt":', id="cut short"),
+        pytest.param(b'{"model": "m", "prompt":', id="truncated JSON"),
         pytest.param(b"hello", id="not JSON"),
-        pytest.param(b"[]", id="an array"),
+        pytest.param(b"[]", id="array"),
         pytest.param(b"null", id="null"),
         pytest.param(b'{"model": "m", "prompt": "\xff"}', id="invalid UTF-8"),
-        pytest.param(b'{"model": "m", "prompt": "\\ud83d"}', id="a lone surrogate"),
-        pytest.param(b'{"model": "m", "prompt": "\x00"}', id="a control character"),
-        pytest.param(b"[" * 100_000, id="deep arrays"),
-        pytest.param(b'{"model": ' * 100_000, id="deep objects"),
+        pytest.param(b'{"model": "m", "prompt": "\\ud83d"}', id="lone surrogate"),
+        pytest.param(b'{"model": "m", "prompt": "\x00"}', id="control character"),
+        pytest.param(b"[" * 100_000, id="deeply nested arrays"),
+        pytest.param(b'{"model": ' * 100_000, id="deeply nested objects"),
         pytest.param(
             b'{"model": "m", "prompt": "a", "other": %s}'
             % (b"[" * 50_000 + b"]" * 50_000),
-            id="depth in a field that is not read",
+            id="deep nesting in an unknown field",
         ),
         pytest.param(
             b'{"model": "m", "prompt": "a", "n": %s}' % (b"9" * 9_999),
-            id="a huge number",
+            id="huge number",
         ),
     ],
 )
 @pytest.mark.parametrize("kind", ROUTES)
-def test_a_body_that_is_no_json_object_is_refused(
+def test_body_that_is_not_a_json_object_gets_a_400(
     send: Any, client: OpenAI, kind: str, body: bytes
 ) -> None:
-    status, answered, _ = send("POST", ROUTES[kind], body)
-    error = assert_is_an_error(answered)
+    status, error_body, _ = send("POST", ROUTES[kind], body)
+    error = assert_error_object(error_body)
     assert (status, error["param"]) == (400, None)
     assert client.completions.create(model="m", prompt=SKY).choices
 
 
-def test_a_body_that_cannot_be_unpacked_is_refused(send: Any, client: OpenAI) -> None:
-    status, answered, _ = send(
+def test_body_that_cannot_be_decompressed_gets_a_400(send: Any, client: OpenAI) -> None:
+    status, error_body, _ = send(
         "POST", ROUTES["completion"], b"not gzip", content_encoding="gzip"
     )
     assert status == 400
-    assert_is_an_error(answered)
+    assert_error_object(error_body)
     assert client.completions.create(model="m", prompt=SKY).choices
 
 
-def test_a_body_that_is_too_large_is_refused_with_the_limit(
+def test_oversized_body_gets_a_413_that_names_the_limit(
     send: Any, client: OpenAI
 ) -> None:
-    status, answered, _ = send(
+    status, error_body, _ = send(
         "POST", ROUTES["completion"], b" " * (MAX_BODY_BYTES + 1)
     )
     assert status == 413
-    assert str(MAX_BODY_BYTES) in assert_is_an_error(answered)["message"]
+    assert str(MAX_BODY_BYTES) in assert_error_object(error_body)["message"]
     assert client.completions.create(model="m", prompt=SKY).choices
 
 
@@ -468,12 +470,12 @@ def test_a_body_that_is_too_large_is_refused_with_the_limit(
         ("POST", "/v1/models", 405),
     ],
 )
-def test_an_unknown_route_and_a_wrong_method_are_refused(
+def test_unknown_route_gets_a_404_and_wrong_method_a_405(
     send: Any, client: OpenAI, method: str, path: str, status: int
 ) -> None:
-    found, answered, _ = send(method, path)
-    message = assert_is_an_error(answered)["message"]
-    assert found == status
+    actual, error_body, _ = send(method, path)
+    message = assert_error_object(error_body)["message"]
+    assert actual == status
     assert method in message
     assert path in message
     assert client.completions.create(model="m", prompt=SKY).choices
@@ -488,7 +490,7 @@ def test_an_unknown_route_and_a_wrong_method_are_refused(
     ],
     ids=["400", "404", "413"],
 )
-def test_the_sdk_raises_the_error_of_the_status(
+def test_sdk_raises_the_exception_for_the_status(
     client: OpenAI,
     provider: Provider,
     fields: Json,
@@ -497,5 +499,5 @@ def test_the_sdk_raises_the_error_of_the_status(
     provider.configure(models=["some-model"])
     with pytest.raises(expected) as caught:
         client.completions.create(**request_body("completion") | fields)
-    assert_is_an_error({"error": caught.value.body})
+    assert_error_object({"error": caught.value.body})
     assert caught.value.request_id

@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = ("lab", "test", "notebooks", "bench")
+COMMANDS = ("lab", "test", "notebooks", "bench")
 
 posix_only = pytest.mark.skipif(
-    os.name == "nt", reason="the stand-ins for uv and python are shell scripts"
+    os.name == "nt", reason="the fakes for uv and python are shell scripts"
 )
 
 with_and_without_uv = pytest.mark.parametrize(
     "project", ["with uv", "without uv"], indirect=True
 )
 
-# In the place of .venv's python: pip does as it is told, a tool says its words.
-PYTHON = """#!/bin/sh
+# Replaces .venv's Python. pip exits as configured; any other tool prints its
+# working directory and its arguments.
+FAKE_PYTHON = """#!/bin/sh
 if [ "$2" = pip ]; then
     echo "install" >> "$CALLS"
     exit "$INSTALL_EXIT"
@@ -30,7 +31,7 @@ echo
 exit "$TOOL_EXIT"
 """
 
-UV = """#!/bin/sh
+FAKE_UV = """#!/bin/sh
 case $1 in
 venv)
     echo "make" >> "$CALLS"
@@ -46,8 +47,8 @@ pip)
 esac
 """
 
-# In the place of the standard library's, which needs seconds to install pip.
-VENV = """
+# Replaces the standard library's venv, which takes seconds to install pip.
+FAKE_VENV = """
 import os, pathlib, shutil, sys
 with open(os.environ["CALLS"], "a") as calls:
     print("make", file=calls)
@@ -60,41 +61,44 @@ shutil.copy(os.environ["PYTHON"], venv / "bin" / "python")
 
 @dataclass
 class Project:
-    """A fresh copy of what run.py needs, with stand-ins for what it calls."""
+    """A fresh copy of what run.py needs, with fakes for the programs it calls."""
 
     root: Path
     environment: dict[str, str]
     calls: Path
 
-    def run(self, *words: str, cwd: Path | None = None, **environment: str) -> "Ended":
+    def run(
+        self, *arguments: str, cwd: Path | None = None, **environment: str
+    ) -> "Result":
         process = subprocess.run(
-            [sys.executable, str(self.root / "run.py"), *words],
+            [sys.executable, str(self.root / "run.py"), *arguments],
             cwd=cwd or self.root,
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
         )
-        return Ended(process.returncode, process.stdout, process.stderr)
+        return Result(process.returncode, process.stdout, process.stderr)
 
     @property
-    def set_ups(self) -> int:
-        """How often an environment was made."""
+    def environments_created(self) -> int:
+        """How often .venv was created."""
         return self.calls.read_text().split().count("make")
 
     @property
     def installs(self) -> int:
+        """How often pip installed packages."""
         return self.calls.read_text().split().count("install")
 
 
 @dataclass
-class Ended:
-    code: int
-    said: str
+class Result:
+    exit_code: int
+    output: str
     errors: str
 
     @property
-    def sentence(self) -> str:
-        """What run.py itself said on standard error."""
+    def message(self) -> str:
+        """The error message of run.py itself: the last line on standard error."""
         *_, last = self.errors.splitlines()
         assert last.startswith("run.py: ")
         assert last.endswith(".") or "for example: " in last
@@ -111,9 +115,9 @@ def executable(path: Path, text: str) -> Path:
 @pytest.fixture
 def project(tmp_path: Path, request: pytest.FixtureRequest) -> Project:
     root = tmp_path / "a project"
-    stand_ins = tmp_path / "stand-ins"
+    fakes = tmp_path / "fakes"
     tools = tmp_path / "tools"
-    for folder in root / "notebooks", stand_ins, tools:
+    for folder in root / "notebooks", fakes, tools:
         folder.mkdir(parents=True)
     shutil.copy(ROOT / "run.py", root)
     (root / "requirements.lock").write_text("helpers==1\n")
@@ -126,16 +130,16 @@ def project(tmp_path: Path, request: pytest.FixtureRequest) -> Project:
         **os.environ,
         "PATH": str(tools),
         "CALLS": str(tmp_path / "calls"),
-        "PYTHON": str(executable(stand_ins / "python", PYTHON)),
+        "PYTHON": str(executable(fakes / "python", FAKE_PYTHON)),
         "INSTALL_EXIT": "0",
         "TOOL_EXIT": "0",
     }
     if getattr(request, "param", "with uv") == "with uv":
-        executable(tools / "uv", UV)
+        executable(tools / "uv", FAKE_UV)
         environment["PATH"] += os.pathsep + os.defpath
     else:
-        (stand_ins / "venv.py").write_text(VENV)
-        environment["PYTHONPATH"] = str(stand_ins)
+        (fakes / "venv.py").write_text(FAKE_VENV)
+        environment["PYTHONPATH"] = str(fakes)
     return Project(root, environment, tmp_path / "calls")
 
 
@@ -143,7 +147,7 @@ TOO_OLD = "import sys; sys.exit(not (3, 6) <= sys.version_info < (3, 11))"
 
 
 def older_pythons() -> list[list[str]]:
-    """Command lines of an older Python: one simulated, and those found here."""
+    """Commands that run an older Python: one simulated, and any installed here."""
     simulated = (
         "import runpy, sys\n"
         "sys.version_info = (3, 10, 0, 'final', 0)\n"
@@ -155,29 +159,29 @@ def older_pythons() -> list[list[str]]:
     return [[sys.executable, "-c", simulated]] + [
         [path]
         for path in [*shims, *map(str, versions)]
-        # pyenv's shims stand there also for versions that are not in use.
+        # pyenv has shims even for versions that are not in use.
         if subprocess.run([path, "-c", TOO_OLD], capture_output=True).returncode == 0
     ]
 
 
-@pytest.mark.parametrize("words", [[], ["labs"], [""], ["--help"]])
-def test_an_unknown_word_or_none_is_answered_with_the_words_there_are(
-    tmp_path: Path, words: list[str]
+@pytest.mark.parametrize("arguments", [[], ["labs"], [""], ["--help"]])
+def test_unknown_or_missing_command_lists_the_commands(
+    tmp_path: Path, arguments: list[str]
 ) -> None:
     process = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words],
+        [sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    ended = Ended(process.returncode, process.stdout, process.stderr)
-    assert ended.code == 2
-    for word in WORDS:
-        assert word in ended.sentence
-        assert f"python run.py {word}" in ended.said
+    result = Result(process.returncode, process.stdout, process.stderr)
+    assert result.exit_code == 2
+    for command in COMMANDS:
+        assert command in result.message
+        assert f"python run.py {command}" in result.output
 
 
-def test_a_python_older_than_3_11_is_told_so_and_nothing_is_made(
+def test_older_python_is_rejected_with_a_message_before_anything_is_created(
     tmp_path: Path,
 ) -> None:
     script = shutil.copy(ROOT / "run.py", tmp_path)
@@ -185,59 +189,59 @@ def test_a_python_older_than_3_11_is_told_so_and_nothing_is_made(
         process = subprocess.run(
             [*python, str(script), "lab"], capture_output=True, text=True
         )
-        sentence = Ended(process.returncode, process.stdout, process.stderr).sentence
+        message = Result(process.returncode, process.stdout, process.stderr).message
         assert process.returncode == 2
-        assert "3.11 or newer" in sentence
-        assert "this is Python 3." in sentence
+        assert "3.11 or newer" in message
+        assert "this is Python 3." in message
     assert list(tmp_path.iterdir()) == [tmp_path / "run.py"]
 
 
 @posix_only
 @with_and_without_uv
-def test_the_environment_is_set_up_once(project: Project) -> None:
+def test_environment_is_created_once(project: Project) -> None:
     for _ in range(3):
-        assert project.run("lab").code == 0
-    assert project.set_ups == 1
+        assert project.run("lab").exit_code == 0
+    assert project.environments_created == 1
 
 
 @posix_only
 @with_and_without_uv
-def test_the_environment_is_set_up_again_when_the_lock_changes(
+def test_environment_is_recreated_when_the_lock_changes(
     project: Project,
 ) -> None:
     project.run("lab")
     (project.root / "requirements.lock").write_text("helpers==2\n")
     for _ in range(2):
-        assert project.run("lab").code == 0
-    assert project.set_ups == 2
+        assert project.run("lab").exit_code == 0
+    assert project.environments_created == 2
 
 
 @posix_only
-def test_the_environment_is_set_up_again_when_it_was_deleted(project: Project) -> None:
+def test_environment_is_recreated_after_it_was_deleted(project: Project) -> None:
     project.run("lab")
     shutil.rmtree(project.root / ".venv")
-    assert project.run("lab").code == 0
-    assert project.set_ups == 2
+    assert project.run("lab").exit_code == 0
+    assert project.environments_created == 2
 
 
 @posix_only
 @with_and_without_uv
-def test_a_failed_installation_is_one_sentence_and_the_next_run_tries_again(
+def test_failed_installation_gives_one_message_and_is_retried_by_the_next_run(
     project: Project,
 ) -> None:
-    for tries in 1, 2:
-        ended = project.run("lab", INSTALL_EXIT="1")
-        assert ended.code == 2
-        assert "needs the network" in ended.sentence
-        assert "run the same command again" in ended.sentence
-        assert project.installs == tries
-    assert project.run("lab").code == 0
-    assert project.set_ups == 3
+    for attempt in 1, 2:
+        result = project.run("lab", INSTALL_EXIT="1")
+        assert result.exit_code == 2
+        assert "needs the network" in result.message
+        assert "run the same command again" in result.message
+        assert project.installs == attempt
+    assert project.run("lab").exit_code == 0
+    assert project.environments_created == 3
 
 
 @posix_only
 @with_and_without_uv
-def test_a_failed_installation_of_a_new_lock_does_not_pass_for_the_old_one(
+def test_failed_installation_of_a_new_lock_invalidates_the_old_environment(
     project: Project,
 ) -> None:
     lock = project.root / "requirements.lock"
@@ -246,25 +250,25 @@ def test_a_failed_installation_of_a_new_lock_does_not_pass_for_the_old_one(
     lock.write_text("helpers==2\n")
     project.run("lab", INSTALL_EXIT="1")
     lock.write_text(old)
-    assert project.run("lab").code == 0
-    assert project.set_ups == 3
+    assert project.run("lab").exit_code == 0
+    assert project.environments_created == 3
 
 
 @posix_only
-def test_a_uv_that_fails_is_one_sentence(tmp_path: Path) -> None:
+def test_failing_uv_gives_one_message(tmp_path: Path) -> None:
     for name in "run.py", "requirements.lock":
         shutil.copy(ROOT / name, tmp_path)
     tools = tmp_path / "tools"
     tools.mkdir()
     executable(tools / "uv", "#!/bin/sh\nexit 1\n")
     project = Project(tmp_path, {**os.environ, "PATH": str(tools)}, tmp_path / "calls")
-    ended = project.run("lab")
-    assert ended.code == 2
-    assert "could not make the virtual environment" in ended.sentence
+    result = project.run("lab")
+    assert result.exit_code == 2
+    assert "could not make the virtual environment" in result.message
     assert not (tmp_path / ".venv").exists()
 
 
-def test_without_network_the_real_installer_ends_in_one_sentence(
+def test_real_installer_without_network_gives_one_message(
     tmp_path: Path,
 ) -> None:
     for name in "run.py", "requirements.lock":
@@ -275,90 +279,92 @@ def test_without_network_the_real_installer_ends_in_one_sentence(
         if not name.startswith(("PIP_", "UV_"))
     }
     environment |= {
-        "PATH": str(tmp_path / "no uv here"),
+        "PATH": str(tmp_path / "without uv"),
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_NO_INDEX": "1",
     }
-    ended = Project(tmp_path, environment, tmp_path / "calls").run("lab")
-    assert ended.code == 2
-    assert "needs the network" in ended.sentence
+    result = Project(tmp_path, environment, tmp_path / "calls").run("lab")
+    assert result.exit_code == 2
+    assert "needs the network" in result.message
     assert not (tmp_path / ".venv" / "installed.txt").exists()
 
 
 @posix_only
 @with_and_without_uv
-def test_it_works_from_any_folder(project: Project, tmp_path: Path) -> None:
-    ended = project.run("lab", cwd=tmp_path)
-    assert ended.code == 0
-    assert str(project.root) in ended.said.splitlines()
+def test_run_py_works_from_any_folder(project: Project, tmp_path: Path) -> None:
+    result = project.run("lab", cwd=tmp_path)
+    assert result.exit_code == 0
+    assert str(project.root) in result.output.splitlines()
     assert (project.root / ".venv").is_dir()
     assert not (tmp_path / ".venv").exists()
 
 
 @posix_only
-def test_further_words_go_to_the_tool_behind_as_they_are(project: Project) -> None:
-    opened = project.run("lab", "--no-browser", "--port", "8889").said
-    assert "<-m><jupyterlab>" in opened
-    assert opened.endswith("<--no-browser><--port><8889>\n")
-    tested = project.run("test", "-k", "timeline and not live").said
-    assert tested.endswith("<-m><pytest><-k><timeline and not live>\n")
+def test_further_arguments_are_passed_to_the_tool_unchanged(project: Project) -> None:
+    lab = project.run("lab", "--no-browser", "--port", "8889").output
+    assert "<-m><jupyterlab>" in lab
+    assert lab.endswith("<--no-browser><--port><8889>\n")
+    test = project.run("test", "-k", "timeline and not live").output
+    assert test.endswith("<-m><pytest><-k><timeline and not live>\n")
 
 
 @posix_only
-def test_notebooks_executes_all_or_the_ones_named(project: Project) -> None:
-    both = project.run("notebooks").said
-    assert "<-m><nbconvert>" in both
-    assert both.count(".ipynb>") == 2
-    one = project.run("notebooks", "01_make_one_call").said
+def test_notebooks_executes_all_notebooks_or_only_the_named_ones(
+    project: Project,
+) -> None:
+    all_notebooks = project.run("notebooks").output
+    assert "<-m><nbconvert>" in all_notebooks
+    assert all_notebooks.count(".ipynb>") == 2
+    one = project.run("notebooks", "01_make_one_call").output
     assert one.count(".ipynb>") == 1
     assert one.endswith("01_make_one_call.ipynb>\n")
 
 
 @posix_only
-def test_a_notebook_that_does_not_exist_is_named_and_nothing_is_executed(
+def test_missing_notebook_is_named_and_nothing_is_executed(
     project: Project,
 ) -> None:
-    ended = project.run("notebooks", "01_make_one_call", "77_make_none")
-    assert ended.code == 2
-    assert "77_make_none.ipynb" in ended.sentence
-    assert "nbconvert" not in ended.said
+    result = project.run("notebooks", "01_make_one_call", "77_make_none")
+    assert result.exit_code == 2
+    assert "77_make_none.ipynb" in result.message
+    assert "nbconvert" not in result.output
 
 
 @posix_only
 @pytest.mark.parametrize(
-    ("words", "behind"),
+    ("arguments", "command_line"),
     [
         ([], "scoreboard.py>"),
         (["--quick", "--at-once", "8"], "scoreboard.py><--quick><--at-once><8>"),
         (["bounds", "60"], "bounds.py><60>"),
     ],
 )
-def test_bench_measures_what_the_first_word_names_or_else_the_scoreboard(
-    project: Project, words: list[str], behind: str
+def test_bench_runs_the_named_benchmark_or_the_scoreboard_by_default(
+    project: Project, arguments: list[str], command_line: str
 ) -> None:
-    ended = project.run("bench", *words)
-    assert ended.code == 0
-    assert ended.said.endswith(f"{behind}\n")
+    result = project.run("bench", *arguments)
+    assert result.exit_code == 0
+    assert result.output.endswith(f"{command_line}\n")
 
 
 @posix_only
-@pytest.mark.parametrize("word", ["bound", "_ways", ""])
-def test_a_benchmark_that_does_not_exist_is_answered_with_those_there_are(
-    project: Project, word: str
-) -> None:
-    ended = project.run("bench", word)
-    assert ended.code == 2
-    assert f"bounds or scoreboard; got {word!r}" in ended.sentence
+@pytest.mark.parametrize("name", ["bound", "_ways", ""])
+def test_unknown_benchmark_lists_the_benchmarks(project: Project, name: str) -> None:
+    result = project.run("bench", name)
+    assert result.exit_code == 2
+    assert (
+        f"unknown benchmark {name!r}. Choose from: bounds, scoreboard" in result.message
+    )
 
 
 @posix_only
-@pytest.mark.parametrize("word", WORDS)
-def test_the_exit_code_is_that_of_the_tool_behind(project: Project, word: str) -> None:
-    assert project.run(word, TOOL_EXIT="5").code == 5
+@pytest.mark.parametrize("command", COMMANDS)
+def test_exit_code_is_that_of_the_tool(project: Project, command: str) -> None:
+    assert project.run(command, TOOL_EXIT="5").exit_code == 5
 
 
 @posix_only
-def test_the_first_tool_that_finds_something_ends_the_proof(project: Project) -> None:
-    ended = project.run("test", TOOL_EXIT="1")
-    assert "<ruff>" in ended.said
-    assert "<pytest>" not in ended.said
+def test_command_test_stops_at_the_first_failing_tool(project: Project) -> None:
+    result = project.run("test", TOOL_EXIT="1")
+    assert "<ruff>" in result.output
+    assert "<pytest>" not in result.output

@@ -16,7 +16,7 @@ Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
 
 class Tool(ApiObject):
-    """A function tool; the stub has no tools of its own."""
+    """A function tool; the stub has no hosted tools."""
 
     type: Literal["function"]
     function: Function
@@ -36,7 +36,7 @@ class Forced(ApiObject):
 
 
 class Format(ApiObject):
-    """What an answer must look like."""
+    """The format that an answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
@@ -49,7 +49,7 @@ class Format(ApiObject):
 
 
 class Part(ApiObject):
-    """A text part of a message; the stub reads no other."""
+    """A text part of a message; the stub reads no other kind."""
 
     type: Literal["text", "refusal"]
     text: str = ""
@@ -72,14 +72,14 @@ class Message(ApiObject):
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role '{self.role}' needs 'content'")
+            raise ValueError(f"a message with role '{self.role}' needs 'content'")
         if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a message of role 'tool' needs 'tool_call_id'")
+            raise ValueError("a message with role 'tool' needs 'tool_call_id'")
         return self
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content as one string."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""

@@ -1,4 +1,4 @@
-"""Completions, and what they share with chats: `n` choices with an index."""
+"""Completions, and what they share with chats: `n` choices, each with an index."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,7 +20,7 @@ from .requests import (
 
 
 class WithChoices(Generation):
-    """Completions and chats: `n` choices, told apart by their index."""
+    """Completions and chats: `n` choices, each with an index."""
 
     PREFIX: ClassVar[str]
     KIND: ClassVar[str]
@@ -32,7 +32,7 @@ class WithChoices(Generation):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens that each answer may have."""
+        """The maximum number of tokens in each answer."""
         return self.max_tokens
 
     @cached_property
@@ -46,7 +46,7 @@ class WithChoices(Generation):
 
     @property
     def usage(self) -> Json:
-        """The usage object; tokens are the stub's own rough count."""
+        """The API's usage object; tokens are the stub's own rough count."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -54,19 +54,19 @@ class WithChoices(Generation):
         }
 
     def whole(self, choice: Choice, key: str) -> Json:
-        """The part of a choice that holds the whole answer."""
+        """The part of a choice that contains the whole answer."""
         raise NotImplementedError
 
     def opening(self, choice: Choice, key: str) -> list[Json]:
-        """The parts of a choice that come before its first token."""
+        """The parts of a choice that precede its first token."""
         return []
 
     def piece(self, choice: Choice, token: str) -> Json:
-        """The part of an event's choice that holds a token, or '' at the end."""
+        """The part of an event's choice that contains one token, or '' at the end."""
         raise NotImplementedError
 
     def head(self, key: str, kind: str) -> Json:
-        """What a body and every event begin with; ids come from the `key`."""
+        """The fields that a body and every event start with."""
         return {
             "id": f"{self.PREFIX}-{key[:29]}",
             "object": kind,
@@ -114,7 +114,7 @@ class WithChoices(Generation):
 
 
 class Completion(WithChoices):
-    """POST /v1/completions; tokens as numbers are refused: there is no table."""
+    """POST /v1/completions. Prompts given as token numbers are refused."""
 
     PREFIX, KIND, KIND_OF_EVENT = "cmpl", "text_completion", "text_completion"
 

@@ -46,7 +46,7 @@ class Embedding(Call):
         return {"object": "list", "data": data, "model": self.model, "usage": usage}
 
     def encoded(self, text: str) -> list[float] | str:
-        """The text's vector, as the request wants it."""
+        """The vector of a text in the requested encoding."""
         vector = unit_vector(text, self.dimensions or DEFAULT_DIMENSIONS)
         if self.encoding_format != "base64":
             return vector
@@ -57,7 +57,7 @@ class Embedding(Call):
 
 
 def unit_vector(text: str, length: int) -> list[float]:
-    """A vector of length 1 by the text alone; similar texts are not near."""
+    """A vector of norm 1. Similar texts don't have similar vectors."""
     seed = text.encode(errors="surrogatepass")
     drawn = array("i", hashlib.shake_256(seed).digest(4 * length))
     norm = math.sqrt(math.fsum(value * value for value in drawn))

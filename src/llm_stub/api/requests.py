@@ -154,7 +154,7 @@ class Generation(Call):
         cls, options: StreamOptions | None, info: ValidationInfo
     ) -> StreamOptions | None:
         if options and not info.data.get("stream"):
-            raise ValueError("it goes with 'stream': true")
+            raise ValueError("it is only allowed when 'stream' is true")
         return options
 
     @property
@@ -246,7 +246,7 @@ def _check_size(call: Call) -> None:
         )
         raise ApiError(400, message, code="context_length_exceeded")
     if len(prompts) * (getattr(call, "n", None) or 1) > MAX_ANSWERS:
-        message = f"More than {MAX_ANSWERS} answers in one call."
+        message = f"Too many answers: the stub allows {MAX_ANSWERS} per call."
         raise ApiError(400, message, code="invalid_value")
 
 

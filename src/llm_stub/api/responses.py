@@ -17,14 +17,14 @@ Text = Literal["input_text", "output_text", "text", "refusal"]
 
 
 class Part(ApiObject):
-    """A text part of an item; the stub reads no other."""
+    """A text part of an item; the stub reads no other kind."""
 
     type: Text
     text: str = ""
 
 
 class Item(ApiObject):
-    """A message, a call that the model made, or its result."""
+    """A message, a function call, or the result of one."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = (
         "message"
@@ -44,7 +44,7 @@ class Item(ApiObject):
 
     @property
     def text(self) -> str:
-        """What the item says, as one text."""
+        """The content or output as one string."""
         said = self.output if self.type == "function_call_output" else self.content
         if isinstance(said, list):
             return "".join(part.text for part in said)
@@ -52,7 +52,7 @@ class Item(ApiObject):
 
 
 class Tool(Function):
-    """A function tool; the stub has no tools of its own."""
+    """A function tool; the stub has no hosted tools."""
 
     type: Literal["function"]
 
@@ -65,21 +65,21 @@ class Forced(ApiObject):
 
 
 class Format(Schema):
-    """What an answer must look like."""
+    """The format that an answer must have."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = ""
 
 
 class TextOptions(ApiObject):
-    """What the text should be like."""
+    """Options for the text of the answer."""
 
     format: Format = Format()
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class Response(Generation):
-    """POST /v1/responses; nothing is stored."""
+    """POST /v1/responses; the stub stores no responses."""
 
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
@@ -97,7 +97,7 @@ class Response(Generation):
 
     @property
     def items(self) -> list[Item]:
-        """The input as items."""
+        """The input as a list of items."""
         if isinstance(self.input, str):
             return [Item(role="user", content=self.input)]
         return self.input
@@ -135,7 +135,7 @@ class Response(Generation):
         return [cut(text, limit)]
 
     def item(self, key: str, status: str) -> Json:
-        """The one item of the output: a message, or a function's call."""
+        """The only item of the output: a message or a function call."""
         choice, begun = self.choices[0], status == "in_progress"
         if choice.function:
             return {
@@ -156,14 +156,14 @@ class Response(Generation):
 
     @property
     def status(self) -> str:
-        """How the response ends."""
+        """The status at the end of the response."""
         return "incomplete" if self.choices[0].reason == "length" else "completed"
 
     def body(self, key: str) -> Json:
         return self.envelope(key, self.status)
 
     def envelope(self, key: str, status: str) -> Json:
-        """The response object; it has no output before its end."""
+        """The API's response object; it has no output until it ends."""
         ended = status != "in_progress"
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         usage = {

@@ -1,14 +1,16 @@
-"""An instance for a JSON schema: what the stub says where JSON is asked for.
+"""Instances of JSON schemas: the stub's answer when a request asks for JSON.
 
-The same schema and prompt give the same instance. Values come from the prompt
-where they can: its numbers and its quoted texts in their order, and those
-members of an enum that it names.
+It supports most of what Pydantic 2, the OpenAI SDKs and LangChain send, and
+rejects everything else. The same schema and prompt always give the same instance.
+Where possible, values come from the prompt: its numbers and its quoted texts, in
+order, and the enum values that it mentions.
 """
 
 import json
 import math
 import re
 from fractions import Fraction
+from types import NoneType
 from typing import Any
 
 from pydantic import Field
@@ -18,36 +20,41 @@ from ..stable import digest, normal, unit
 from .errors import ApiError, Json
 from .requests import ApiObject
 
-DEEPEST = 2  # times that one definition may stand within itself
-MOST = 10_000  # values in one instance, and characters that its texts must have
-ENUM_MOST = 1000  # values in one enum, as the API has it
-QUOTED = re.compile(r"(?<!\w)(['\"`])(.{1,500}?)\1(?!\w)")
-# Read elsewhere, or without a bearing on what is valid.
-IGNORED = frozenset(
+MAX_RECURSION = 2  # how many times a definition may be open at once
+MAX_VALUES = 10_000  # in one instance, plus the characters that `minLength` demands
+MAX_ENUM_VALUES = 1000  # the API's own limit
+
+QUOTED_TEXT = re.compile(r"(?<!\w)(['\"`])(.{1,500}?)\1(?!\w)")
+NUMBER = re.compile(r"(?<![\w.])-?\d{1,20}(?:\.\d+)?(?!\d)")
+
+# Keywords that don't affect which values are valid. `nullable` comes from OpenAPI;
+# the JavaScript SDK sends it for Zod 3.
+ANNOTATIONS = frozenset(
     """
-    $comment $defs $id $schema default definitions deprecated description examples
-    readOnly title writeOnly
+    $defs $schema default definitions deprecated description examples nullable
+    readOnly title
     """.split()
 )
-TYPED = frozenset({"type", "properties", "required", "additionalProperties"})
+BOUNDS = frozenset(
+    {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+)
 KEYWORDS = {
-    "object": frozenset({"minProperties", "maxProperties"}),
+    "object": frozenset({"properties", "required", "additionalProperties"}),
     "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
     "string": frozenset({"format", "minLength", "maxLength"}),
-    "number": frozenset(
-        {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
-    ),
+    "integer": BOUNDS,
+    "number": BOUNDS,
     "boolean": frozenset[str](),
     "null": frozenset[str](),
 }
-KINDS = {
-    type(None): "null",
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    str: "string",
-    list: "array",
-    dict: "object",
+PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": NoneType,
 }
 FORMATS = {
     "date": "2026-01-31",
@@ -64,15 +71,15 @@ FORMATS = {
 
 
 class UnsupportedError(Exception):
-    """A construct of a schema that the stub does not know, by name."""
+    """The stub can't make an instance of a schema; the message is a clause: why."""
 
 
-class _TooDeepError(Exception):
-    """A definition stands within itself too often."""
+class _RecursionTooDeepError(Exception):
+    """A definition contains itself more than MAX_RECURSION times."""
 
 
 class Schema(ApiObject):
-    """The schema that an answer must have."""
+    """A schema in a request: the answer must be an instance of it."""
 
     name: str
     description: str | None = None
@@ -81,273 +88,275 @@ class Schema(ApiObject):
 
 
 def json_text(schema: Json, question: str, param: str) -> str:
-    """An instance of the schema; ApiError 400 for what the stub does not know."""
+    """An instance of the schema as JSON text.
+
+    Raises ApiError 400, which names `param`, if the stub doesn't support the schema.
+    """
     try:
         return json.dumps(
             instance(schema, question), ensure_ascii=False, allow_nan=False
         )
     except UnsupportedError as error:
-        message = f"Invalid schema in '{param}': this stub does not know {error}."
-        raise ApiError(400, message, param, "invalid_schema") from None
+        problem = str(error)
     except ValueError:
-        message = f"Invalid schema in '{param}': NaN and Infinity are not JSON."
-        raise ApiError(400, message, param, "invalid_schema") from None
+        problem = "NaN and Infinity are not JSON"
+    message = f"Invalid schema in '{param}': {problem}."
+    raise ApiError(400, message, param, "invalid_schema")
 
 
 def json_object(prompt: str, question: str) -> str:
-    """An answer for JSON mode, which wants the word in the messages."""
+    """The answer in JSON mode: an object whose keys are the prompt's quoted words.
+
+    Raises ApiError 400 if the prompt doesn't contain the word "json".
+    """
     if "json" not in prompt.casefold():
         message = "'messages' must contain the word 'json' in some form."
         raise ApiError(400, message, "messages")
-    return json.dumps(loose(prompt, answer(question)), ensure_ascii=False)
+    keys = re.findall(r"[`'\"](\w+)[`'\"]", prompt) or ["answer"]
+    return json.dumps(dict.fromkeys(keys, answer(question)), ensure_ascii=False)
 
 
 def instance(schema: Json, prompt: str) -> Any:
-    """A value that is valid against the schema; raises UnsupportedError."""
+    """A value that is valid against the schema.
+
+    Raises UnsupportedError for a malformed schema, one that no value satisfies, and
+    one that uses something the stub doesn't support.
+    """
     try:
-        return _Maker(schema, prompt).make(schema, "value")
-    except _TooDeepError:
-        raise UnsupportedError("a definition that never ends") from None
+        return _Builder(schema, prompt).build(schema, "value")
+    except _RecursionTooDeepError:
+        raise UnsupportedError("a definition contains itself without end") from None
     except RecursionError:
-        raise UnsupportedError("a schema as deep as this") from None
+        raise UnsupportedError("it has too many levels") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        raise UnsupportedError("a keyword with a value of a wrong type") from None
+        raise UnsupportedError("a keyword has a malformed value") from None
 
 
-def loose(prompt: str, text: str) -> Json:
-    """Some object, for JSON mode: its keys are the quoted words of the prompt."""
-    return dict.fromkeys(re.findall(r"[`'\"](\w+)[`'\"]", prompt) or ["answer"], text)
+class _Builder:
+    """Builds one instance. `name` is the property that a value is for."""
 
-
-class _Maker:
     def __init__(self, root: Json, prompt: str) -> None:
         self.root, self.prompt = root, normal(prompt)
         self.key = digest(self.prompt)
         self.numbers = [
-            float(text) if "." in text or len(text) > 300 else int(text)
-            for text in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", prompt)
+            float(text) if "." in text else int(text) for text in NUMBER.findall(prompt)
         ]
-        self.texts = [text for _, text in QUOTED.findall(prompt)]
-        self.made = 0
-        self.open: list[str] = []  # the references that are being followed
+        self.texts = [text for _, text in QUOTED_TEXT.findall(prompt)]
+        self.values = 0
+        self.open_references: list[str] = []
 
-    def make(self, schema: Any, name: str) -> Any:
-        self.spend(1)
-        if schema is True or schema == {}:
-            return self.text({}, name)
+    def build(self, schema: Any, name: str) -> Any:
+        self.count_values(1)
         if not isinstance(schema, dict):
-            raise UnsupportedError(f"the schema {schema!r}")
+            raise UnsupportedError(f"{schema!r} is not a schema")
         if "$ref" in schema:
-            only(schema, {"$ref"})
-            return self.follow(str(schema["$ref"]), name)
-        for keyword in ("anyOf", "allOf"):
-            if keyword in schema:
-                only(schema, {keyword})
-                return self.choose(schema[keyword], keyword, name)
+            reject_unknown_keywords(schema, {"$ref"})
+            return self.follow_reference(str(schema["$ref"]), name)
+        if "anyOf" in schema:
+            reject_unknown_keywords(schema, {"anyOf"})
+            return self.build_any_of(schema["anyOf"], name)
         if "const" in schema:
-            only(schema, {"const", "type"})
-            return self.member([schema["const"]], schema, name)
+            reject_unknown_keywords(schema, {"const", "type"})
+            return self.choose_value([schema["const"]], schema)
         if "enum" in schema:
-            only(schema, {"enum", "type"})
-            return self.member(schema["enum"], schema, name)
-        kind = self.kind(schema)
-        known = "number" if kind == "integer" else kind
-        if known not in KEYWORDS:
-            raise UnsupportedError(f"the type {kind!r}")
-        only(schema, KEYWORDS[known] | TYPED)
+            reject_unknown_keywords(schema, {"enum", "type"})
+            return self.choose_value(schema["enum"], schema, name)
+        kind = next((kind for kind in types_of(schema) if kind != "null"), "null")
+        reject_unknown_keywords(schema, KEYWORDS[kind] | {"type"})
         match kind:
             case "object":
-                return self.object(schema)
+                return self.build_object(schema)
             case "array":
-                return self.array(schema, name)
+                return self.build_array(schema, name)
             case "string":
-                return self.text(schema, name)
+                return self.build_string(schema, name)
             case "integer" | "number":
-                return self.number(schema, whole=kind == "integer")
+                return self.build_number(schema, integer=kind == "integer")
             case "boolean":
                 return unit(self.key, name) < 0.5
             case _:
                 return None
 
-    def spend(self, parts: int) -> None:
-        self.made += parts
-        if self.made > MOST:
-            raise UnsupportedError(f"a schema with more than {MOST} values")
+    def count_values(self, more: int) -> None:
+        self.values += more
+        if self.values > MAX_VALUES:
+            raise UnsupportedError(f"an instance has more than {MAX_VALUES} values")
 
-    def kind(self, schema: Json) -> Any:
-        kinds = schema.get("type")
-        known = {*KEYWORDS, "integer"}
-        if isinstance(kinds, list) and not (kinds and known.issuperset(kinds)):
-            raise UnsupportedError(f"the type {kinds!r}")
-        if isinstance(kinds, list) and kinds:  # a value rather than none
-            return next((kind for kind in kinds if kind != "null"), "null")
-        if kinds is None:
-            return (
-                "object"
-                if "properties" in schema
-                else "array"
-                if "items" in schema
-                else "string"
-            )
-        return kinds
-
-    def follow(self, reference: str, name: str) -> Any:
-        if self.open.count(reference) >= DEEPEST:
-            raise _TooDeepError
-        target: Any = self.root
+    def follow_reference(self, reference: str, name: str) -> Any:
+        if self.open_references.count(reference) >= MAX_RECURSION:
+            raise _RecursionTooDeepError
         if reference != "#" and not reference.startswith("#/"):
-            raise UnsupportedError(f"the reference {reference!r}")
-        for step in reference.removeprefix("#").split("/")[1:]:
+            raise UnsupportedError(f"the reference {reference!r} is not supported")
+        target: Any = self.root
+        for step in reference.split("/")[1:]:
             if not isinstance(target, dict) or step not in target:
-                raise UnsupportedError(f"the reference {reference!r}")
+                raise UnsupportedError(f"the reference {reference!r} has no target")
             target = target[step]
-        self.open.append(reference)
+        self.open_references.append(reference)
         try:
-            return self.make(target, name)
+            return self.build(target, name)
         finally:
-            self.open.pop()
+            self.open_references.pop()
 
-    def choose(self, options: list[Any], keyword: str, name: str) -> Any:
-        if keyword == "allOf" and len(options) != 1:
-            raise UnsupportedError("'allOf' of more than one schema")
-        ordered = sorted(options, key=lambda option: option == {"type": "null"})
-        for option in ordered[:-1]:
+    def build_any_of(self, options: list[Any], name: str) -> Any:
+        """The first option whose recursion ends; null only if no other does."""
+        *others, last = sorted(options, key=lambda option: option == {"type": "null"})
+        for option in others:
             try:
-                return self.make(option, name)
-            except _TooDeepError:
+                return self.build(option, name)
+            except _RecursionTooDeepError:
                 continue
-        return self.make(ordered[-1], name)
+        return self.build(last, name)
 
-    def member(self, members: Any, schema: Json, name: str) -> Any:
-        if not isinstance(members, list):
-            raise UnsupportedError(f"the enum {members!r}")
-        if len(members) > ENUM_MOST:
-            raise UnsupportedError(f"an enum of more than {ENUM_MOST} values")
-        fitting = [one for one in members if is_of(one, schema.get("type"))]
-        if not fitting:
-            raise UnsupportedError("an 'enum' or 'const' with no value of its type")
-        for one in fitting:
-            if isinstance(one, str) and self.names(normal(one)):
-                return one
-        return fitting[int(unit(self.key, name) * len(fitting))]
+    def choose_value(self, values: Any, schema: Json, name: str = "") -> Any:
+        """A value that the prompt mentions, or else any, but of the schema's type."""
+        if not isinstance(values, list):
+            raise UnsupportedError(f"'enum' must be a list, not {values!r}")
+        if len(values) > MAX_ENUM_VALUES:
+            raise UnsupportedError(f"an enum has more than {MAX_ENUM_VALUES} values")
+        if "type" in schema:
+            types = types_of(schema)
+            values = [one for one in values if any(has_type(one, t) for t in types)]
+        if not values:
+            raise UnsupportedError("no value of an 'enum' or 'const' has its type")
+        for value in values:
+            if isinstance(value, str) and self.mentions(normal(value)):
+                return value
+        return values[int(unit(self.key, name) * len(values))]
 
-    def names(self, text: str) -> bool:
+    def mentions(self, text: str) -> bool:
+        """Whether the prompt contains this text as whole words."""
         if not text or text not in self.prompt:  # much faster than the expression
             return False
         return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", self.prompt))
 
-    def object(self, schema: Json) -> Json:
+    def build_object(self, schema: Json) -> Json:
         properties = schema.get("properties", {})
         required = schema.get("required", [])
         if not isinstance(required, list):
-            raise UnsupportedError(f"'required': {required!r}")
-        missing = sorted(set(required) - set(properties))
-        if missing:
-            raise UnsupportedError(
-                f"a required property without a schema: {missing[0]!r}"
-            )
-        made = {}
+            raise UnsupportedError(f"'required' must be a list, not {required!r}")
+        for name in required:
+            if name not in properties:
+                raise UnsupportedError(f"the required property {name!r} has no schema")
+        built = {}
         for name, part in properties.items():
             try:
-                made[name] = self.make(part, name)
-            except _TooDeepError:
+                built[name] = self.build(part, name)
+            except _RecursionTooDeepError:
                 if name in required:
                     raise
-        least, most = schema.get("minProperties", 0), schema.get("maxProperties")
-        if len(made) < least or (most is not None and len(made) > most):
-            raise UnsupportedError(
-                "'minProperties' or 'maxProperties' beside 'properties'"
-            )
-        return made
+        return built
 
-    def array(self, schema: Json, name: str) -> list[Any]:
-        first = [self.make(part, name) for part in schema.get("prefixItems", [])]
-        least, most = schema.get("minItems", 0), schema.get("maxItems", math.inf)
-        wanted = max(least, min(most, len(first) + 1))
-        if least != int(least):
-            raise UnsupportedError("'minItems' that is no integer")
-        items = schema.get("items", {})
+    def build_array(self, schema: Json, name: str) -> list[Any]:
+        """The prefix items and one more, or as many as the limits demand."""
+        built = [self.build(part, name) for part in schema.get("prefixItems", [])]
+        low, high = size(schema, "minItems", 0), size(schema, "maxItems", math.inf)
+        target = max(low, min(high, len(built) + 1))
         try:
-            while len(first) < wanted and items is not False:
-                first.append(self.make(items, f"{name} {len(first) + 1}"))
-        except _TooDeepError:
-            if len(first) < least:
+            while len(built) < target:
+                item_name = f"{name} {len(built) + 1}"
+                built.append(self.build(schema.get("items", {}), item_name))
+        except _RecursionTooDeepError:
+            if len(built) < low:
                 raise
-        if not least <= len(first) <= most:
-            raise UnsupportedError("'minItems' or 'maxItems' that no array satisfies")
-        return first
+        if not low <= len(built) <= high:
+            raise UnsupportedError("no array satisfies 'minItems' and 'maxItems'")
+        return built
 
-    def text(self, schema: Json, name: str) -> str:
-        least, most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+    def build_string(self, schema: Json, name: str) -> str:
+        low, high = size(schema, "minLength", 0), size(schema, "maxLength", math.inf)
         if "format" in schema:
-            known = FORMATS.get(schema["format"])
-            if known is None or not least <= len(known) <= most:
-                raise UnsupportedError(f"the format {schema['format']!r}")
-            return known
-        if not 0 <= least <= most:
-            raise UnsupportedError("'minLength' below 0 or over 'maxLength'")
-        self.spend(least)
+            example = FORMATS.get(schema["format"])
+            if example is None or not low <= len(example) <= high:
+                raise UnsupportedError(
+                    f"the format {schema['format']!r} is not supported"
+                )
+            return example
+        if low > high:
+            raise UnsupportedError("'minLength' is greater than 'maxLength'")
+        self.count_values(int(low))
         for quoted in self.texts:
-            if least <= len(quoted) <= most:
+            if low <= len(quoted) <= high:
                 self.texts.remove(quoted)
                 return str(quoted)
         text = f"{name} {digest(self.key, name)[:4]}"
-        text = text[: int(min(most, len(text)))]
-        return text.ljust(least, ".")
+        return text[: int(min(high, len(text)))].ljust(int(low), ".")
 
-    def number(self, schema: Json, *, whole: bool) -> int | float:
-        step = exact(schema["multipleOf"]) if "multipleOf" in schema else None
-        if step is not None and step <= 0:
-            raise UnsupportedError("'multipleOf' that is not above 0")
-        if whole:  # the whole multiples of 3/2 are those of 3
-            step = Fraction(step.numerator if step else 1)
-        least, most = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
-        above = schema.get("exclusiveMinimum", -math.inf)
-        below = schema.get("exclusiveMaximum", math.inf)
-        low, high = max(least, above), min(most, below)
+    def build_number(self, schema: Json, *, integer: bool) -> int | float:
+        least = number(schema, "minimum", -math.inf)
+        most = number(schema, "maximum", math.inf)
+        above = number(schema, "exclusiveMinimum", -math.inf)
+        below = number(schema, "exclusiveMaximum", math.inf)
+        step = exact(number(schema, "multipleOf", 1))
+        if step <= 0:
+            raise UnsupportedError("'multipleOf' must be positive")
+        any_fraction = not integer and "multipleOf" not in schema
 
         def fits(value: float) -> bool:
             return (
                 least <= value <= most
                 and above < value < below
-                and (not whole or value == int(value))
-                and (step is None or exact(value) % step == 0)
+                and (any_fraction or exact(value) % step == 0)
+                and (not integer or value == int(value))
             )
 
-        near = low if low > -math.inf else min(high, 0)
-        candidates = [*self.numbers, 0, near, high, (low + high) / 2]
-        # Far enough from a bound that is excluded, however large it is.
-        candidates += [low + abs(low) + 1, high - abs(high) - 1]
-        if step:
-            first = math.ceil(exact(near) / step) * step
-            multiples = [first, first + step, first - step]
-            candidates += [
-                int(m) if m.denominator == 1 else float(m) for m in multiples
-            ]
+        low, high = max(least, above), min(most, below)
+        candidates = [*self.numbers, 0, low, high]
+        if any_fraction:
+            candidates += [(low + high) / 2, low + 1, high - 1]
+        else:  # if any multiple fits, one next to a bound does
+            start = exact(low if low > -math.inf else min(high, 0))
+            nearest = round(start / step) * step
+            for multiple in (nearest - step, nearest, nearest + step):
+                whole = multiple.denominator == 1
+                candidates.append(int(multiple) if whole else float(multiple))
         for value in candidates:
-            if math.isfinite(value) and fits(value):
+            if fits(value):
                 if value in self.numbers:
                     self.numbers.remove(value)
-                return int(value) if whole else value
-        raise UnsupportedError("bounds that the stub finds no number for")
+                return int(value) if integer else value
+        raise UnsupportedError("the stub finds no number between the bounds")
 
 
-def only(schema: Json, known: set[str] | frozenset[str]) -> None:
-    """Raise UnsupportedError for the first keyword that is not known here."""
+def reject_unknown_keywords(schema: Json, known: set[str] | frozenset[str]) -> None:
+    """Raise UnsupportedError for a keyword that isn't known and not an annotation."""
     for keyword in schema:
-        if keyword not in known and keyword not in IGNORED:
-            raise UnsupportedError(f"the keyword {keyword!r}")
+        if keyword not in known and keyword not in ANNOTATIONS:
+            raise UnsupportedError(f"the keyword {keyword!r} is not supported here")
 
 
-def is_of(value: object, kinds: object) -> bool:
-    """Whether a value is of the type, or of one of the types."""
-    kind = KINDS[type(value)]
-    wanted = kinds if isinstance(kinds, list) else [kinds]
-    return kinds is None or kind in wanted or (kind == "integer" and "number" in wanted)
+def types_of(schema: Json) -> list[str]:
+    """The types that a schema allows; without `type`, an object or a string."""
+    types = schema.get("type", "object" if "properties" in schema else "string")
+    names = types if isinstance(types, list) else [types]
+    if not names or not all(name in KEYWORDS for name in names):
+        raise UnsupportedError(f"the type {types!r} is not supported")
+    return names
+
+
+def has_type(value: object, kind: str) -> bool:
+    """Whether a value has a type of JSON schemas. In Python, a bool is also an int."""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    return isinstance(value, PYTHON_TYPES[kind])
+
+
+def number(schema: Json, keyword: str, default: float) -> float:
+    """The keyword's value. Raises UnsupportedError unless it's a finite number."""
+    value: float = schema.get(keyword, default)
+    if keyword in schema and not (has_type(value, "number") and math.isfinite(value)):
+        raise UnsupportedError(f"{keyword!r} must be a finite number, not {value!r}")
+    return value
+
+
+def size(schema: Json, keyword: str, default: float) -> float:
+    """The keyword's value. Raises UnsupportedError unless it's 0, 1, 2, …"""
+    value = number(schema, keyword, default)
+    if keyword in schema and not (has_type(value, "integer") and value >= 0):
+        raise UnsupportedError(f"{keyword!r} must be 0, 1, 2, …, not {value!r}")
+    return value
 
 
 def exact(value: float) -> Fraction:
-    """The number as it is written, without what a float adds to it."""
-    if not isinstance(value, int | float):
-        raise TypeError(value)
+    """The number as it is written in decimal: 0.1 is exactly 1/10."""
     return Fraction(str(value))

@@ -19,14 +19,20 @@ class Function(ApiObject):
 def choose_function(
     functions: list[Function], wish: str, question: str, *, done: bool
 ) -> Function | None:
-    """The function that is called, if one is.
+    """The function to call, or None.
 
-    `wish` is none, auto, required, or a name. Left to itself, the stub calls
-    the function whose name has most words in common with the question, once.
+    `wish` is none, auto, required, or a name. With auto, the stub calls the
+    function whose name has the most words in common with the question, unless
+    `done`: the result of a call is the last message. Raises ApiError 400 if the
+    wish doesn't fit the functions.
     """
     if wish == "none" or not functions:
         if wish not in ("none", "auto"):
-            raise ApiError(400, "'tool_choice' goes with 'tools'.", "tool_choice")
+            raise ApiError(
+                400,
+                "'tool_choice' is only allowed when 'tools' are specified.",
+                "tool_choice",
+            )
         return None
 
     def common(function: Function) -> int:
@@ -45,7 +51,10 @@ def choose_function(
 def call_function(
     function: Function, question: str, limit: int | None, *, named: bool
 ) -> Choice:
-    """The call; where it was told by name, it ends as a text does."""
+    """A call of the function, with arguments made from its schema.
+
+    If it was `named` by `tool_choice`, finish_reason is that of a text.
+    """
     text = json_text(function.parameters or {"type": "object"}, question, "tools")
     made = cut(text, limit)
     if made.reason == "stop" and not named:
@@ -54,5 +63,5 @@ def call_function(
 
 
 def call_id(key: str) -> str:
-    """The id of a function's call."""
+    """The id of a function call."""
     return f"call_{key[:24]}"
