@@ -6,7 +6,7 @@
     python run.py bench      compare all ways; also `bench bounds`, `bench stub`
 
 Each command sets up `.venv` first: once, and again when requirements.lock changes.
-Further arguments are passed to the tool: `python run.py lab --no-browser`,
+Any further arguments are passed to the tool: `python run.py lab --no-browser`,
 `python run.py test -k timeline`, `python run.py notebooks 01_make_one_call`,
 `python run.py bench --help`.
 """
@@ -31,11 +31,11 @@ LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 PICTURE = NOTEBOOKS / "timelines.png"  # the picture in README.md
-STAMP = VENV / "installed.txt"  # what .venv was made from
+STAMP = VENV / "installed.txt"  # which Python and lock .venv has
 
 
 def fail(sentence: str) -> NoReturn:
-    """Print what is wrong and what to do, and exit with code 2."""
+    """Print what went wrong and what to do about it; exit with code 2."""
     print("run.py: " + sentence, file=sys.stderr)
     sys.exit(2)
 
@@ -49,7 +49,7 @@ def call(*words: object, environment: Optional[Mapping[str, str]] = None) -> int
     while True:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the command gets the interrupt too: let it end
+        except KeyboardInterrupt:  # the command gets it too: let it finish
             pass
 
 
@@ -71,8 +71,9 @@ def set_up() -> None:
         pip += ["--disable-pip-version-check"]
     if call(*make):
         fail(
-            "could not make the virtual environment {}. On Debian and Ubuntu, "
-            "install the package python3-venv first.".format(VENV)
+            "could not create the virtual environment {}; see the error above. On "
+            "Debian and Ubuntu, install the package python3-venv. Then run the same "
+            "command again.".format(VENV)
         )
     locked = pip + ["--require-hashes", "-r", LOCK]
     ours = pip + ["--no-deps", "--no-build-isolation", "-e", ROOT]
@@ -90,7 +91,7 @@ def lab(*words: str) -> int:
     options = [
         "--ServerApp.root_dir={}".format(NOTEBOOKS),
         "--LabApp.default_url=/lab/tree/00_start_here.ipynb",
-        # Use no network: no check for updates, no news.
+        # Stay offline: don't check for updates or news.
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.app_settings_dir={}".format(ROOT / ".jupyter"),
     ]
@@ -120,7 +121,10 @@ def notebooks(*names: str) -> int:
     paths = [NOTEBOOKS / (Path(name).stem + ".ipynb") for name in names]
     for path in paths:
         if not path.exists():
-            fail("no such notebook: {}.".format(path.relative_to(ROOT)))
+            fail(
+                "no such notebook: {}. Use a name from the folder notebooks, for "
+                "example 01_make_one_call.".format(path.relative_to(ROOT))
+            )
     options = [
         "--to=notebook",
         "--execute",
@@ -128,7 +132,7 @@ def notebooks(*names: str) -> int:
         "--ExecutePreprocessor.timeout=120",
         "--ExecutePreprocessor.record_timing=False",
         "--ExecutePreprocessor.store_widget_state=False",
-        # Keep only the metadata that is the same on every machine.
+        # Keep only metadata that is the same on every machine.
         "--ClearMetadataPreprocessor.enabled=True",
         "--ClearMetadataPreprocessor.clear_cell_metadata=False",
         "--ClearMetadataPreprocessor.preserve_nb_metadata_mask="
@@ -144,7 +148,7 @@ def notebooks(*names: str) -> int:
 
 
 def drop_widget_views(notebook: Path) -> None:
-    """Remove what only a running kernel could show, with its random names."""
+    """Remove widget views: they need a running kernel, and their ids are random."""
     content = json.loads(notebook.read_text("utf-8"))
     for cell in content["cells"]:
         for output in cell.get("outputs", []):

@@ -64,7 +64,7 @@ def way_with(client: openai.AsyncOpenAI) -> Names:
 
 
 def bare_aiohttp() -> Names:
-    """Nothing but HTTP and JSON."""
+    """Only HTTP and JSON, on aiohttp."""
     url = os.environ["OPENAI_BASE_URL"] + "/chat/completions"
 
     async def way(prompts: list[str], at_once: int) -> list[str]:
@@ -202,7 +202,7 @@ def measure(
         "answered": sum(map(str.__eq__, answers, cycle(expected()))),
         "seconds": seconds,
         "ms_per_call": 1000 * seconds / count,
-        # How long a batch takes is up to the provider.
+        # The provider decides how long a batch takes.
         "efficiency": None if name == "Batch API" else efficiency,
         "in_flight": stats["peak_in_flight"],
         "attempts": stats["requests"],

@@ -1,8 +1,8 @@
 """Memory and tasks of a long job: python run.py bench bounds
 
 Runs the three ways of lesson 05 (workers on a queue, a semaphore, no limit) with
-more prompts than the lesson has time for. The code comes from the notebook's own
-cells. Each run has its own process and its own stub.
+more prompts than the lesson has time for. The code comes from the notebook's
+cells. Each run has a separate process and a separate stub.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def measure(way: str, number: int) -> Result:
     lesson = load_lesson()
 
     async def warm_up_and_run() -> Result:
-        await lesson["run"](lesson["workers"], 100)  # loads what the first call loads
+        await lesson["run"](lesson["workers"], 100)  # to do lazy imports first
         result: Result = await lesson["run"](lesson[way], number)
         return result
 

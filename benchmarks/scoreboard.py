@@ -9,8 +9,8 @@ answers. Imports, building the clients and starting a Dask cluster are not
 included. Modules that the first call loads are included, unless --warm makes
 one call before the clock starts. Efficiency is ideal time / measured time. The
 ideal time counts only the waits: one per prompt for the loop, one in total for
-gather, and ceil(prompts / at once) for the others. CPU and memory are those of
-the process and its workers together. Memory is the peak RSS, sampled 20 times
+gather, and ceil(prompts / at once) for the others. CPU and memory include the
+process and its workers. Memory is the peak RSS, sampled 20 times
 a second.
 """
 
@@ -30,7 +30,7 @@ from _ways import BASELINES, WAYS, Row, expected, measure
 
 from helpers import connect
 
-if TYPE_CHECKING:  # a measured process imports this file too, and must stay small
+if TYPE_CHECKING:  # measured processes import this file too, and must stay small
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +38,7 @@ PACKAGES = ["langchain-openai", "openai", "aiohttp", "distributed"]
 GROWTH = [10, 100, 1000, 10_000]  # prompts
 GROWTH_HELP = "measure cost for growing numbers of prompts (10 100 1000 10000)"
 GROWING = ["semaphore", "workers", "aiohttp", "Dask"]
-MAX_LOOP_PROMPTS = 10  # the loop waits for each prompt in turn
+MAX_LOOP_PROMPTS = 10  # because the loop runs them one after the other
 BATCH_SPEED = 1000  # lines per second, for the stub's Batch API
 MAX_LATENCY = 3600  # seconds
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -78,7 +78,10 @@ def main() -> int:
         try:
             runs.append(measure(name, count, provider, options))
         except EOFError:  # the process has printed its traceback
-            print(f"run.py bench: {name!r} failed, see above.", file=sys.stderr)
+            print(
+                f"run.py bench: {name!r} failed; see the traceback above.",
+                file=sys.stderr,
+            )
             return 1
     rows = medians(runs)
     print(
@@ -208,7 +211,7 @@ def latency(text: str) -> float:
         seconds = 0
     if not 0 < seconds < MAX_LATENCY:
         raise argparse.ArgumentTypeError(
-            f"must be seconds above 0 and below {MAX_LATENCY}, not {text!r}"
+            f"must be a number above 0 and below {MAX_LATENCY} (seconds), not {text!r}"
         )
     return seconds
 
@@ -258,7 +261,10 @@ def parse_options() -> argparse.Namespace:
     if growth:
         options.growth = options.growth or (GROWTH[:2] if quick else GROWTH)
     if options.at_once < options.workers:
-        parser.error("--at-once must be at least as large as --workers")
+        parser.error(
+            f"--at-once must be at least as large as --workers, but "
+            f"{options.at_once} is less than {options.workers}"
+        )
     return options
 
 

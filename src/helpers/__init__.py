@@ -1,11 +1,11 @@
-"""What a notebook imports: a stub of OpenAI to call, and timelines of the calls.
+"""What a notebook imports: `connect`, `Timeline` and `check`.
 
     from helpers import connect, Timeline, check
     provider = connect()
 
-`connect` starts a local server that plays OpenAI, the stub, and points the
-OpenAI clients of this process at it. `Timeline` shows what the stub saw. `check`
-turns a claim into a test.
+`connect` starts the stub, a local server that imitates OpenAI's API, and points
+the OpenAI clients of this process at it. `Timeline` shows the calls that the stub
+received. `check` turns a claim into a test.
 """
 
 from .checks import check

@@ -1,4 +1,4 @@
-"""Claims that are checked where they are made."""
+"""Check a claim where it is made, and show the figures if it is false."""
 
 import ast
 import sys
@@ -33,7 +33,7 @@ def _figures(caller: FrameType) -> str:
         counted = isinstance(node, ast.Call) and ast.unparse(node.func) == "len"
         if counted or isinstance(node, ast.Name | ast.Attribute | ast.Subscript):
             source = ast.unparse(node)
-            with suppress(Exception):  # a name of an inner scope has no value here
+            with suppress(Exception):  # names from an inner scope have no value here
                 value = eval(source, caller.f_globals, caller.f_locals)
                 if isinstance(value, int | float | str):
                     lines.append(f"\n  {source} = {value!r}")

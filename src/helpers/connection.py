@@ -23,7 +23,7 @@ class ProviderError(RuntimeError):
 
 
 class Provider:
-    """The server that plays OpenAI, as a notebook sees it."""
+    """The stub, as a notebook sees it."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Provider:
     ) -> None:
         self.url = url  # the OpenAI API is under /v1
         self.live = live
-        self.started_with: dict[str, str] = {}  # upstream and model of live mode
+        self.started_with: dict[str, str] = {}  # live mode's upstream and model
         self._process = process
         self._settings: dict[str, Any] = {}
 
@@ -49,11 +49,11 @@ class Provider:
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code of the process; None if it runs or wasn't started here."""
+        """Exit code of the process; None if it is running or wasn't started here."""
         return self._process.poll() if self._process else None
 
     def configure(self, **settings: Any) -> dict[str, Any]:
-        """Change settings, see `connect`; returns all of them.
+        """Change settings (see `connect`), and return all of them.
 
         Raises ValueError for a setting that doesn't exist or is out of range.
         """
@@ -75,7 +75,7 @@ class Provider:
             self.configure(**{name: before[name] for name in settings})
 
     def stop(self) -> None:
-        """End the stub's process, if this process started it."""
+        """Stop the stub, if this process started it."""
         if self._process:
             self._process.terminate()
             self._process.wait()
@@ -102,12 +102,12 @@ class Provider:
 
     def explain_no_answer(self, error: Exception | None = None) -> str:
         """Message for a stub that doesn't answer: what happened, and what to do."""
-        if self._process:  # its socket may close a moment before it has ended
+        if self._process:  # its socket may close a moment before it exits
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(1)
         if self.exit_code is not None:
             return (
-                f"The stub has ended (exit code {self.exit_code}). Run connect() "
+                f"The stub has stopped (exit code {self.exit_code}). Run connect() "
                 "again: it starts a new one at the same address."
             )
         reason = getattr(error, "reason", None) or error
@@ -124,12 +124,12 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     """Start the stub and point the OpenAI clients of this process at it.
 
     Call it before you build a client. A second call returns the same stub, or
-    starts a new one at the same address if it has ended. If LLM_PROVIDER_URL is
+    starts a new one at the same address if it has stopped. If LLM_PROVIDER_URL is
     set, `connect` uses the stub at that address.
 
     Settings, all optional: `first_token` and `per_token` (seconds), `jitter`
-    (0 to 1, how far the latency of a prompt may be above or below), `seed`,
-    `models` (the only model names that exist; None for any), and the limits,
+    (0 to 1, how far a prompt's latency may deviate from these), `seed`,
+    `models` (the only model names that exist; None accepts any), and the limits,
     capacity and faults in `llm_stub/settings.py`.
 
     With `live`, or LLM_LIVE=1 in the environment, calls are forwarded to the
@@ -147,15 +147,15 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     url = os.environ.get("LLM_PROVIDER_URL", "").rstrip("/")
     if url and live:
         raise ProviderError(
-            "Live mode starts a stub of its own, but LLM_PROVIDER_URL is set. Unset "
-            "it, or start the stub there with --live and unset LLM_LIVE."
+            f"Live mode starts its own stub, but LLM_PROVIDER_URL is set to {url}. "
+            "Unset it, or start the stub there with --live and unset LLM_LIVE."
         )
     environment.remember_own_addresses(_current.url if _current else None)
     own = environment.own_addresses
     if live and not own and not environment.has_key():
         raise ProviderError(
             "Live mode calls OpenAI, and OPENAI_API_KEY is not set. Set it, or set "
-            "OPENAI_BASE_URL to a server that needs no key, and start again."
+            "OPENAI_BASE_URL to a server that needs no key. Then run connect() again."
         )
     wanted = own | {"LLM_MODEL": os.environ.get("LLM_MODEL", "")} if live else {}
     if url:
@@ -186,7 +186,7 @@ def current() -> Provider:
 
 
 def _start(earlier_url: str | None, live: bool) -> Provider:
-    """Start the process, at the earlier address if that is still free."""
+    """Start the process, at the earlier address if that is free."""
     port = earlier_url.rpartition(":")[2] if earlier_url else "0"
     # A file, because a pipe that nobody reads would fill up.
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -213,12 +213,12 @@ def _start(earlier_url: str | None, live: bool) -> Provider:
     errors.seek(0)
     raise ProviderError(
         f"The stub could not be started (exit code {process.returncode}). "
-        f"It said: {errors.read().strip() or 'nothing'}"
+        f"Its error output: {errors.read().strip() or 'none'}"
     )
 
 
 def _report_when_it_ends() -> None:
-    """In a notebook, say below a cell that the stub has ended."""
+    """In a notebook, print a message below the cell if the stub has stopped."""
     ipython = sys.modules.get("IPython")  # a script has none, and needs none
     shell = ipython.get_ipython() if ipython else None
     if shell and _report not in shell.events.callbacks["post_run_cell"]:

@@ -22,7 +22,7 @@ MAX_LABELLED_LANES = 14  # with more, lanes are too thin for labels
 LETTER_WIDTH = 0.066  # inches
 TITLE_HEIGHT, LEGEND_HEIGHT = 0.3, 0.5  # inches above each run, below the last
 
-# Okabe and Ito's colours. Hatches and marks tell the states apart as well.
+# Okabe and Ito's colours. Hatches and marks distinguish the states, too.
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 WAITING, RECEIVING = "waiting for the first byte", "receiving"
 STYLES: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ MARKED = {style[:-2]: style for style in list(STYLES)[2:]}  # by state
 
 @matplotlib.rc_context({"text.parse_math": False, "hatch.linewidth": 0.5})
 def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
-    """A PNG file of the runs, one below the other on one time axis."""
+    """A PNG file of the runs, one below the other on a shared time axis."""
     lanes = [run.lanes for run in runs]
     heights = [min(LANE_HEIGHT * max(len(each), 1.4), MAX_HEIGHT) for each in lanes]
     above = 0.17 * (table.count("\n") + 2) if table else 0.0
@@ -57,7 +57,7 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
     key = [Patch(label=name, **STYLES[name]) for name in STYLES if name in used]
     figure.legend(handles=key, loc="lower right", ncols=5, frameon=False, fontsize=8)
     file = io.BytesIO()
-    with warnings.catch_warnings():  # characters that the font lacks show as boxes
+    with warnings.catch_warnings():  # characters missing from the font become boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(file, format="png")
     return file.getvalue()
@@ -69,7 +69,7 @@ def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
     thin = len(lanes) > MAX_LABELLED_LANES
     half, width = (
         (0.5, 0.3) if thin else (0.4, 0.8)
-    )  # of a bar: half its height, its edge
+    )  # half a bar's height, its edge width
     for row, lane in enumerate(lanes):
         for attempt in lane:
             start, first, end = attempt.arrival, attempt.first_byte, attempt.end
@@ -90,7 +90,7 @@ def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
 
 
 def _label(axes: Axes, row: int, attempt: "Attempt", seconds: float) -> None:
-    """Write the start of the prompt in the bar, as much as there is room for."""
+    """Write the start of the prompt in the bar, as much as fits."""
     mark = MARKED.get(attempt.state, "")[-1:]
     text = f"{mark} {attempt.label}".strip()
     room = int((attempt.end - attempt.arrival) / seconds * WIDTH / LETTER_WIDTH) - 3

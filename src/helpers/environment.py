@@ -6,14 +6,14 @@ import urllib.request
 
 FILES_WANTED = 8192  # open files: one per connection, and macOS starts with 256
 ADDRESSES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # LangChain prefers the second
-NO_KEY = "stub"  # the key for clients that insist on one
+NO_KEY = "stub"  # the key for clients that require one
 
 own_addresses: dict[str, str] = {}
 """The ADDRESSES as they were set before `point_clients_at` replaced them."""
 
 
 def live_wanted() -> bool:
-    """Whether LLM_LIVE asks for live mode."""
+    """Whether LLM_LIVE turns live mode on."""
     return os.environ.get("LLM_LIVE", "0") not in ("", "0")
 
 
@@ -35,8 +35,8 @@ def remember_own_addresses(stub_url: str | None) -> None:
 def for_stub_process() -> dict[str, str]:
     """The environment of the stub's process.
 
-    It gets no key, because clients send theirs with each call, and the reader's
-    own addresses, because live mode forwards to them.
+    It has no API key, because clients send theirs with each call. It has the
+    user's own addresses, because live mode forwards to them.
     """
     hidden = {*ADDRESSES, "OPENAI_API_KEY"}
     environ = {name: text for name, text in os.environ.items() if name not in hidden}
@@ -52,7 +52,7 @@ def point_clients_at(url: str) -> None:
     environ.setdefault("LANGSMITH_TRACING", "false")
     if not urllib.request.getproxies():
         return  # with NO_PROXY set, LangChain would warn about proxies
-    # If both spellings are set, clients read the second one only.
+    # If both spellings are set, clients read only the lower-case one.
     listed = environ.get("no_proxy", environ.get("NO_PROXY", ""))
     hosts = [host.strip() for host in listed.split(",") if host.strip()]
     if "*" not in hosts:

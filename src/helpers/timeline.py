@@ -1,4 +1,4 @@
-"""What the stub saw while a piece of code ran: numbers, a picture, a text.
+"""What the stub saw while a block of code ran, as figures, a picture and text.
 
 with Timeline("two threads") as run:
     ...
@@ -39,7 +39,7 @@ class Attempt:
 
 
 class Timeline:
-    """A `with` block around calls; afterwards, what the stub saw of them.
+    """A `with` block around calls. Afterwards it shows what the stub saw of them.
 
     It draws itself as the last expression of a cell and, with `live=True`, ten
     times a second while the block runs. Raises ProviderError if there is no stub
@@ -54,7 +54,7 @@ class Timeline:
 
     @property
     def attempts(self) -> int:
-        """HTTP attempts, a client's own retries included."""
+        """HTTP attempts, including a client's own retries."""
         return len(self.journal)
 
     @property
@@ -96,7 +96,7 @@ class Timeline:
     def lanes(self) -> list[list[Attempt]]:
         """The attempts, packed into as few lanes as possible without overlaps."""
         lanes: list[list[Attempt]] = []
-        ends: list[tuple[float, int]] = []  # a heap: when each lane is free again
+        ends: list[tuple[float, int]] = []  # a heap: when each lane becomes free
         for attempt in self.journal:
             if ends and ends[0][0] <= attempt.arrival:
                 _, lane = heappop(ends)
@@ -120,7 +120,7 @@ class Timeline:
 
     @staticmethod
     def compare(*runs: "Timeline") -> "Comparison":
-        """Several runs on one time axis, and a table of their figures."""
+        """Several runs on a shared time axis, and a table of their figures."""
         return Comparison(runs)
 
     def __enter__(self) -> Self:
@@ -169,12 +169,12 @@ class Timeline:
         return "\n".join([self.sentence, *_bars(self)])
 
     def _repr_png_(self) -> bytes:
-        from .drawing import png  # imported late, so that runs don't pay for matplotlib
+        from .drawing import png  # imported late, because matplotlib loads slowly
 
         return png([self])
 
     def _read(self, settle: float = 0) -> None:
-        """Read what the journal contains of this run so far."""
+        """Read this run's attempts so far from the journal."""
         query = f"since={self._since}&settle={settle}"
         page = self._provider.ask(f"/_provider/journal?{query}")
         if self._provider.exit_code is not None:  # another stub has its address now
@@ -182,8 +182,8 @@ class Timeline:
         if page["dropped"]:
             raise ProviderError(
                 f"The journal no longer contains {page['dropped']} attempts of "
-                f"{self.name!r}: it was reset, or the run has more attempts than it "
-                "keeps. Time fewer calls in one run."
+                f"{self.name!r}: it was reset, or the run has more attempts than the "
+                "journal keeps. Put fewer calls into one Timeline."
             )
         self.wall = page["now"] - self._start
         self.journal = []
@@ -198,7 +198,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs on one time axis, below a table of their figures."""
+    """Several runs on a shared time axis, below a table of their figures."""
 
     runs: tuple[Timeline, ...]
 
@@ -221,7 +221,7 @@ class Comparison:
 def _bars(run: Timeline) -> list[str]:
     """One line per call: its prompt, a bar on the time axis, its seconds.
 
-    In a bar, ░ means waiting for the first byte and █ receiving. The last sign
+    In a bar, ░ means waiting for the first byte and █ receiving. The last character
     is × for an error, / if the client hung up, and > if it is still in flight.
     """
     wall = max(run.wall, 1e-9)

@@ -1,5 +1,5 @@
-"""The stub: a small HTTP server on loopback that plays OpenAI.
+"""The stub: a small HTTP server on loopback that imitates OpenAI's API.
 
-It is a process of its own, started by `helpers.connect()` or by hand with
-`python -m llm_stub --port 8000`. Notebooks and tests speak HTTP with it.
+It runs as a separate process, started by `helpers.connect()` or by hand with
+`python -m llm_stub --port 8000`. Notebooks and tests talk to it over HTTP.
 """

@@ -15,11 +15,11 @@ from .live import OPENAI
 from .server import Connection, Server
 
 HOST = "127.0.0.1"  # loopback only, never 0.0.0.0
-PARENT_POLL = 0.5  # seconds between two checks of the parent
+PARENT_POLL = 0.5  # seconds between checks of the parent
 
 
 async def serve(port: int, parent: int | None, upstream: str | None) -> int:
-    """Serve until stopped or, if a parent is given, until the parent has ended."""
+    """Serve until stopped or, if a parent is given, until the parent exits."""
     runner = web.AppRunner(
         Server(upstream, os.environ.get("LLM_MODEL")).app(),
         handler_cancellation=True,
@@ -54,8 +54,8 @@ async def serve(port: int, parent: int | None, upstream: str | None) -> int:
 async def _parent_gone(parent: int) -> None:
     """Return when standard input ends or the parent process changes.
 
-    One of them isn't enough: a process forked from the parent can keep the pipe
-    open after the parent has ended, and Windows never changes a parent.
+    Neither is enough alone: a process forked from the parent can keep the pipe open
+    after the parent has exited, and on Windows the parent id never changes.
     """
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
@@ -72,19 +72,19 @@ async def _parent_gone(parent: int) -> None:
 
 def main() -> int:
     """Read the command line and serve."""
-    # Each call makes many small objects. Looking for cycles after every 700 of
-    # them took a quarter of the CPU.
+    # Each call creates many small objects. Garbage collection after every 700 of
+    # them took a quarter of the CPU time.
     gc.set_threshold(50_000, 20, 50)
     parser = argparse.ArgumentParser(
         prog="python -m llm_stub",
-        description="A local server that plays OpenAI. Set OPENAI_BASE_URL to its "
-        "address followed by /v1, or LLM_PROVIDER_URL to its address.",
+        description="A local server that imitates OpenAI's API. Set OPENAI_BASE_URL to "
+        "its address followed by /v1, or LLM_PROVIDER_URL to its address.",
     )
     parser.add_argument(
         "--port", type=int, default=8000, help="0 for any free port (default: 8000)"
     )
     parser.add_argument(
-        "--parent", type=int, help="end when the process with this id has ended"
+        "--parent", type=int, help="stop when the process with this id exits"
     )
     parser.add_argument(
         "--live",

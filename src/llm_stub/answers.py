@@ -7,25 +7,25 @@ from importlib.resources import files
 
 from .stable import digest, normal
 
-# A rough tokenizer, because real ones fetch their tables from the network. A token
+# A rough tokenizer, because real ones download their vocabularies. A token
 # is up to six letters or digits, or one other character, with the space before it.
 _TOKEN = re.compile(r"\s*(?:\w{1,6}|[^\w\s])|\s+\Z")
 
 
 def tokens(text: str) -> list[str]:
-    """The tokens of the text; joined together, they are the text again."""
+    """The tokens of the text; joining them gives the text again."""
     return _tokens_of_answers().get(text) or _TOKEN.findall(text)
 
 
 def answer(prompt: str) -> str:
-    """The answer to a prompt; its case and white space don't matter."""
+    """The answer to a prompt; case and white space don't matter."""
     key = normal(prompt)
     known = _texts().get(key)
     if known is not None:
         return known
     return (
-        "I am a stub and know no answer to this prompt. "
-        f"To others I would answer otherwise: {digest(key)[:8]}."
+        "I am a stub and have no answer for this prompt. "
+        f"Other prompts get another text: {digest(key)[:8]}."
     )
 
 
@@ -39,5 +39,5 @@ def _texts() -> dict[str, str]:
 
 @cache
 def _tokens_of_answers() -> dict[str, list[str]]:
-    """The tokens of every text in the table, computed only once."""
+    """The tokens of each text in the table, computed only once."""
     return {text: _TOKEN.findall(text) for text in _texts().values()}

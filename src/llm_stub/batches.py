@@ -1,7 +1,7 @@
 """Batches: /v1/batches, kept in memory.
 
-Source: OpenAI's API reference, the page Batch, and its Batch guide for the
-codes of a failed validation.
+Source: OpenAI's API reference, the page Batch. The error codes of a failed
+validation are from the Batch guide.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from .stable import digest
 from .state import State
 
 MAX_LINES = 50_000  # requests in one batch
-MAX_ERRORS = 100  # of a failed validation that are reported
-SLICE = 0.01  # seconds that a batch works before other requests get their turn
+MAX_ERRORS = 100  # reported for one failed validation
+SLICE = 0.01  # seconds that a batch works before it lets other requests run
 
 
 class Create(ApiObject):
@@ -80,11 +80,11 @@ class Batch:
 
     @property
     def created_at(self) -> int:
-        """A time in seconds since 1970 that depends on its id alone."""
+        """A time in seconds since 1970 that depends only on its id."""
         return created(digest(self.id))
 
     def enter(self, status: str) -> None:
-        """Move on to another status, and note the time."""
+        """Change to another status, and record the time."""
         self.status = status
         self.times[f"{status}_at"] = self.created_at + int(self.age)
 
@@ -136,7 +136,8 @@ class Batches:
         file = self._files.find(asked.input_file_id)
         if file is None or file.purpose != "batch":
             message = (
-                f"No file '{asked.input_file_id}' with purpose 'batch': upload it."
+                f"There is no file '{asked.input_file_id}' with purpose 'batch'. "
+                "Upload it first."
             )
             raise ApiError(400, message, "input_file_id", "invalid_value")
         id_ = f"batch_{digest(len(self._batches), file.id)[:32]}"
@@ -170,7 +171,7 @@ class Batches:
         return self._batches[id_]
 
     async def _work(self, batch: Batch, content: bytes) -> None:
-        """Take a batch from `validating` to its end, at the speed of the settings."""
+        """Take a batch from `validating` to its final status, at the set speed."""
         numbered = [
             (number, line)
             for number, line in enumerate(content.split(b"\n"), 1)
@@ -196,7 +197,7 @@ class Batches:
             while done < min(due, len(lines)) and time.monotonic() < turn:
                 self._answer(batch, json.loads(lines[done]), done)
                 done += 1
-            # If more lines are due, only let other requests have their turn.
+            # If more lines are due, don't sleep: only let other requests run.
             await asyncio.sleep(0 if done < min(due, len(lines)) else SLICE)
         left = lines[done:]
         end = "expired" if left else "completed"
@@ -214,7 +215,7 @@ class Batches:
         batch.enter(end)
 
     def _validate(self, batch: Batch, lines: list[tuple[int, bytes]]) -> Iterator[None]:
-        """Check all lines, one per step, and add what is wrong to `batch.errors`."""
+        """Check all lines, one per step, and add the problems to `batch.errors`."""
 
         def wrong(code: str, message: str, line: int | None, param: str | None) -> None:
             problem = {"code": code, "message": message, "line": line, "param": param}
@@ -223,7 +224,7 @@ class Batches:
         if not lines:
             wrong("empty_file", "The input file is empty.", None, None)
         if len(lines) > MAX_LINES:
-            message = f"The file has {len(lines)} lines, more than {MAX_LINES}."
+            message = f"The file has {len(lines)} lines; the limit is {MAX_LINES}."
             wrong("too_many_tasks", message, None, None)
             return
         seen: set[str] = set()
@@ -243,16 +244,22 @@ class Batches:
                 message = f"The custom_id '{line.custom_id}' is not unique."
                 wrong("duplicate_custom_id", message, number, "custom_id")
             if line.url != batch.request.endpoint:
-                message = f"The url '{line.url}' is not the batch's endpoint."
+                message = (
+                    f"The url '{line.url}' differs from the batch's endpoint "
+                    f"'{batch.request.endpoint}'."
+                )
                 wrong("url_mismatch", message, number, "url")
             if batch.model is not None and model != batch.model:
-                message = f"The model '{model}' is not that of the first line."
+                message = (
+                    f"The model '{model}' differs from '{batch.model}' in an earlier "
+                    "line."
+                )
                 wrong("model_mismatch", message, number, "body.model")
             seen.add(line.custom_id)
             batch.model = batch.model or model
 
     def _answer(self, batch: Batch, line: Mapping[str, Any], number: int) -> None:
-        """Answer one line as the route itself would."""
+        """Answer one line as its route would answer a direct request."""
         settings = self._state.settings
         try:
             call = read_call(line["url"], json.dumps(line["body"]).encode())
@@ -289,7 +296,7 @@ class Batches:
 
 
 async def _in_turns(steps: Iterator[None]) -> Any:
-    """Go through the steps, and let other requests run every few milliseconds."""
+    """Run the steps, but let other requests run every few milliseconds."""
     turn = time.monotonic() + SLICE
     for _ in steps:
         if time.monotonic() > turn:

@@ -1,11 +1,11 @@
-"""A limit on how many calls are answered at once, with a fair queue."""
+"""A limit on how many calls are answered at once, with a first-in, first-out queue."""
 
 import asyncio
 from collections import deque
 
 
 class Capacity:
-    """Slots for calls. A call that finds none free waits in line for one."""
+    """Slots for calls. A call waits in the queue until a slot is free."""
 
     def __init__(self) -> None:
         self.limit: int | None = None
@@ -13,12 +13,12 @@ class Capacity:
         self._queue: deque[asyncio.Future[None]] = deque()
 
     def change(self, limit: int | None) -> None:
-        """Set another limit; None for no limit. Waiting calls that now fit start."""
+        """Change the limit (None for no limit). Waiting calls start if they now fit."""
         self.limit = limit
         self._admit()
 
     async def enter(self) -> bool:
-        """Wait for a slot; return whether there was a wait. `leave` frees it."""
+        """Take a slot; return whether the call had to wait. `leave` frees the slot."""
         if self._free():  # then nobody else is waiting either
             self._used += 1
             return False

@@ -16,7 +16,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Control:
-    """Shows and changes how the stub behaves; raises ValueError for bad input."""
+    """Shows and changes how the stub behaves; raises ValueError for invalid input."""
 
     def __init__(self, state: State, live: Live | None) -> None:
         self._state, self._live = state, live
@@ -39,7 +39,7 @@ class Control:
         return await self.get_config(request)
 
     async def get_journal(self, request: web.Request) -> web.Response:
-        """GET /_provider/journal?since=N&settle=S: attempts from number N on."""
+        """GET /_provider/journal?since=N&settle=S: attempt N and later ones."""
         since = _number(request, "since", int, math.inf)
         settle = _number(request, "settle", float, MAX_SETTLE)
         return web.json_response(await self._state.journal.since(since, settle))
@@ -58,7 +58,7 @@ class Control:
 def _number(
     request: web.Request, name: str, kind: Callable[[str], Number], maximum: float
 ) -> Number:
-    """The query's parameter as a number from 0 to the maximum; by default 0."""
+    """A query parameter as a number from 0 to the maximum; by default 0."""
     text = request.query.get(name, "0")
     try:
         number = kind(text)

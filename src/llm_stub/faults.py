@@ -9,11 +9,11 @@
 | `hang`         | nothing, ever                                               |
 | `reset_midway` | a connection reset in the middle of the body                |
 | `truncated`    | the connection closes in the middle of the body             |
-| `malformed`    | a complete response whose JSON breaks off                   |
-| `wrong_type`   | a page of HTML with status 200, like a proxy's error page   |
+| `malformed`    | a complete response with truncated JSON                     |
+| `wrong_type`   | an HTML page with status 200, like a proxy's error page     |
 
-In a stream, the last four happen after half of the tokens, except `wrong_type`,
-which replaces the stream.
+In a stream, `reset_midway`, `truncated` and `malformed` happen after half of the
+tokens. `wrong_type` replaces the stream.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ PAGE = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
 
 
 class ConnectionBrokenError(ConnectionResetError):
-    """This side broke the connection, because a fault asked for it."""
+    """The stub itself broke the connection, for example to cause a fault."""
 
 
 def extra_wait(fault: Fault | None, settings: Settings) -> float:
@@ -47,7 +47,7 @@ def extra_wait(fault: Fault | None, settings: Settings) -> float:
 
 
 async def instead_of_answer(request: web.Request, fault: Fault) -> NoReturn:
-    """Play a fault of BEFORE_FIRST_BYTE.
+    """Cause a fault of BEFORE_FIRST_BYTE.
 
     Raises ApiError or ConnectionBrokenError; a hang ends when it is cancelled.
     """
@@ -62,7 +62,7 @@ async def instead_of_answer(request: web.Request, fault: Fault) -> NoReturn:
 async def spoiled_answer(
     request: web.Request, body: Json, fault: Fault
 ) -> web.StreamResponse:
-    """A whole answer spoiled by a fault of IN_ANSWER.
+    """An answer without streaming, spoiled by a fault of IN_ANSWER.
 
     Raises ConnectionBrokenError if the fault breaks the connection.
     """
@@ -82,7 +82,7 @@ async def spoiled_answer(
 async def spoiled_stream(
     request: web.Request, response: web.StreamResponse, fault: Fault, event: bytes
 ) -> None:
-    """End a stream with a fault of IN_STREAM; `event` is what would come next.
+    """End a stream with a fault of IN_STREAM; `event` would be the next one.
 
     Raises ConnectionBrokenError if the fault breaks the connection.
     """

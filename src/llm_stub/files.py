@@ -59,7 +59,7 @@ class Files:
         try:
             async for part in await request.multipart():
                 if not isinstance(part, BodyPartReader):
-                    raise ValueError("nested forms aren't supported")
+                    raise ValueError("it contains a nested form, which isn't supported")
                 if part.name == "purpose":
                     purpose = await part.text()
                 elif part.name == "file":
@@ -77,12 +77,12 @@ class Files:
         if not purpose:
             raise missing_parameter("purpose")
         if purpose not in PURPOSES:
-            message = f"'{purpose}' is not one of {', '.join(PURPOSES)}."
+            message = f"The purpose '{purpose}' is not one of {', '.join(PURPOSES)}."
             raise ApiError(400, message, "purpose", "invalid_value")
         return web.json_response(self.add(name, purpose, bytes(content)).body())
 
     def add(self, name: str, purpose: str, content: bytes) -> File:
-        """Store a file; its id depends on its content and on how many came before."""
+        """Store a file. Its id depends on its content and how many came earlier."""
         self._made += 1
         id_ = f"file-{digest(self._made, name, purpose, digest(content))[:24]}"
         self._files[id_] = File(id_, name, purpose, content)
@@ -132,7 +132,8 @@ class Files:
             raise ApiError(413, f"The file is larger than {MAX_FILE_BYTES} bytes.")
         if stored + size > MAX_TOTAL_BYTES:
             message = (
-                f"The files take more than {MAX_TOTAL_BYTES} bytes: delete some first."
+                f"All files together would exceed {MAX_TOTAL_BYTES} bytes. Delete some "
+                "files first."
             )
             raise ApiError(413, message)
 
@@ -152,7 +153,9 @@ def page(request: web.Request, bodies: list[Json], default_limit: int) -> web.Re
     ids = [body["id"] for body in bodies]
     after = request.query.get("after")
     if after is not None and after not in ids:
-        raise ApiError(404, f"There is no '{after}' in this list.", "after")
+        raise ApiError(
+            404, f"Invalid value for 'after': this list has no '{after}'.", "after"
+        )
     start = ids.index(after) + 1 if after is not None else 0
     found = bodies[start : start + limit]
     return web.json_response(

@@ -1,4 +1,4 @@
-"""Answer a call as planned: wait for its turn, then send each byte when it is due."""
+"""Answer a call as planned: wait for a slot, then send each byte when it is due."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from .capacity import Capacity
 from .journal import Attempt
 from .plan import Plan
 
-MIN_STREAM_INTERVAL = 0.02  # seconds between two writes of one stream
+MIN_STREAM_INTERVAL = 0.02  # seconds between two writes to one stream
 
 
 @dataclass(frozen=True)
 class Turn:
-    """The time since a call got its turn, in seconds."""
+    """The time since a call got its slot, in seconds."""
 
     begun: float
     now: Callable[[], float]
@@ -40,7 +40,7 @@ async def generate(
     capacity: Capacity,
     now: Callable[[], float],
 ) -> web.StreamResponse:
-    """Answer the call when it gets its turn.
+    """Answer the call when it gets a slot.
 
     Raises ApiError or ConnectionBrokenError if the plan contains such a fault.
     """

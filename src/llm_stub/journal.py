@@ -18,7 +18,7 @@ class Attempt:
     number: int
     route: str
     attempt: int
-    """1 for a first try; 2, 3, … for a client's own retries of it."""
+    """1 for a first try; 2, 3, … for the client's own retries."""
     arrival: float
     first_byte: float | None = None
     end: float | None = None
@@ -33,12 +33,12 @@ class Attempt:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     fault: str = ""
-    """The fault that the stub played, or that an upstream had."""
+    """The fault that the stub caused, or `upstream` if the upstream failed."""
 
     def describe(
         self, model: str, prompt: str, stream: bool, prompt_tokens: int = 0
     ) -> None:
-        """Note what the request asks for, once it has been read."""
+        """Record what the request asks for, once it has been read."""
         self.model, self.prompt = model[:PROMPT_PREVIEW], prompt[:PROMPT_PREVIEW]
         self.stream, self.prompt_tokens = stream, prompt_tokens
 
@@ -90,11 +90,11 @@ class Journal:
         return entry
 
     def first_byte(self, entry: Attempt, status: int) -> None:
-        """Note that the response is starting."""
+        """Record that the response is starting."""
         entry.first_byte, entry.status = self.now(), status
 
     def end(self, entry: Attempt, *, disconnected: bool = False) -> None:
-        """Note that the response is complete, or that the client has hung up."""
+        """Record that the response is complete, or that the client has hung up."""
         entry.end, entry.disconnected = self.now(), disconnected
         self._in_flight -= 1
         self._statuses[
@@ -106,8 +106,8 @@ class Journal:
     async def since(self, number: int, settle: float = 0) -> dict[str, Any]:
         """The attempts with this number or a later one, as JSON.
 
-        Waits up to `settle` seconds for those in flight to end, because a
-        client can be done, or hang up, a moment before this process notices.
+        Waits up to `settle` seconds for those in flight to end, because a client
+        may finish or hang up a moment before this process notices.
         `dropped` is how many of the requested attempts are no longer kept.
         """
         now, until = self.now(), self._next

@@ -1,4 +1,4 @@
-"""Rate limits: requests and tokens per minute, and the headers that tell of them.
+"""Rate limits: requests and tokens per minute, and the headers that report them.
 
 Source: OpenAI's guide *Rate limits*, section *Rate limits in headers*.
 """
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from .settings import Settings
 
-ROUNDING = 1e-6  # requests or tokens: the most that adding up floats may lose
+ROUNDING = 1e-6  # requests or tokens: tolerance for adding up floats
 
 
 class Bucket:
-    """A token bucket: what isn't used accumulates, up to one burst."""
+    """A token bucket: the unused part accumulates, up to one burst."""
 
     def __init__(self, name: str, per_minute: float, burst: float, now: float) -> None:
         self.name, self.per_minute = name, per_minute
@@ -50,7 +50,7 @@ class Rejection:
     bucket: Bucket
     requested: float
     retry_after: float
-    """Seconds; infinite if the call is larger than the limit allows."""
+    """Seconds; infinite if the call is too large to be ever admitted."""
 
 
 class Limits:
@@ -60,7 +60,7 @@ class Limits:
         self._buckets: list[Bucket] = []
 
     def change(self, settings: Settings, now: float) -> None:
-        """Set other limits. The share of a limit that is used up stays used up."""
+        """Change the limits. If half of a limit is used up, half of the new one is."""
         before = {bucket.name: bucket for bucket in self._buckets}
         self._buckets = []
         for name, limit in (
@@ -76,7 +76,7 @@ class Limits:
             self._buckets.append(bucket)
 
     def admit(self, tokens: int, now: float) -> Rejection | None:
-        """Use up one request and this many tokens, or say why not."""
+        """Use up one request and this many tokens, or return the reason why not."""
         requested = {"requests": 1, "tokens": tokens}
         for bucket in self._buckets:
             bucket.refill(now)
@@ -100,7 +100,7 @@ class Limits:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration the way the API writes it in headers: 120ms, 8.64s, 6m0s."""
+    """A duration in the format of the API's headers: 120ms, 8.64s, 6m0s."""
     milliseconds = math.ceil(round(seconds * 1000, 6))
     if milliseconds < 1000:
         return f"{milliseconds}ms" if milliseconds else "0s"

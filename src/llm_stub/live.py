@@ -1,4 +1,4 @@
-"""Live mode: forward calls to a real endpoint, and stop at a cap.
+"""Live mode: forward calls to a real endpoint, the upstream, up to a cap.
 
 Keys pass through in the client's own header. They are never stored, logged or
 shown.
@@ -34,7 +34,7 @@ from .state import State
 
 OPENAI = "https://api.openai.com/v1"
 TIMEOUT = ClientTimeout(total=None, sock_connect=10, sock_read=600)  # seconds
-DEFAULT_RESERVE = 500  # tokens reserved for an answer whose call names no limit
+DEFAULT_RESERVE = 500  # answer tokens reserved for a call that sets no limit
 TAIL_BYTES = 4096  # at the end of an answer, where its usage is
 DONE = b"data: [DONE]\n\n"  # the last event of a completion's stream
 # Headers of one connection rather than of the message (RFC 9110, 7.6.1).
@@ -55,7 +55,7 @@ class RelayedResponse(web.StreamResponse):
 
 
 class Live:
-    """Forwards calls, counts what they use, and refuses those over the cap."""
+    """Forwards calls, counts what they use, and refuses calls over a cap."""
 
     def __init__(self, upstream: str, model: str | None, state: State) -> None:
         url = URL(upstream.rstrip("/"))
@@ -73,7 +73,7 @@ class Live:
 
     @property
     def where(self) -> str:
-        """The upstream's host for messages, never its user name or password."""
+        """The upstream's host, for messages: never its user name or password."""
         return self.upstream.host or str(self.upstream).rpartition("@")[2]
 
     async def close(self, app: web.Application | None = None) -> None:
@@ -85,13 +85,13 @@ class Live:
         """404 for a route that live mode doesn't forward."""
         message = (
             f"Live mode does not forward {request.method} {request.path}, because its "
-            "caps can't limit what that costs. It forwards completions, chats, "
-            "responses, embeddings, and GET /v1/models."
+            "caps can't limit the cost of it. It forwards only completions, chats, "
+            "responses, embeddings and GET /v1/models."
         )
         return ApiError(404, message, code="not_forwarded")
 
     async def models(self, request: web.Request, entry: Attempt) -> web.StreamResponse:
-        """Forward a question about models, which costs nothing.
+        """Forward a request to list or look up models, which costs nothing.
 
         Raises ApiError 502 or 504 if the upstream doesn't answer.
         """
@@ -126,7 +126,7 @@ class Live:
         if answer.status >= 400:
             asked_now, generated = 0, 0
         elif not entry.prompt_tokens and not entry.stream:
-            asked_now, generated = asked, most  # no usage given: as reserved
+            asked_now, generated = asked, most  # no usage given: use the estimate
         else:
             asked_now, generated = entry.prompt_tokens, entry.completion_tokens
             if not asked_now:  # no usage given: count the events of the stream
@@ -137,7 +137,7 @@ class Live:
     async def relay(
         self, request: web.Request, entry: Attempt, answer: ClientResponse
     ) -> web.StreamResponse:
-        """Pass the answer on, chunk by chunk, and note its usage."""
+        """Pass the answer on, chunk by chunk, and record its usage."""
         response = RelayedResponse(status=answer.status, reason=answer.reason)
         response.headers.extend(_passed(answer.headers))
         response.content_length = answer.content_length
@@ -173,9 +173,9 @@ class Live:
         ):
             if used + more > cap:
                 message = (
-                    f"Not sent: this call could exceed the cap {name}={cap} of live "
-                    f"mode ({used} used, this call up to {more}). To raise the cap: "
-                    f"connect(live=True, {name}=…)."
+                    f"Not sent: this call could exceed live mode's cap {name}={cap} "
+                    f"({used} used so far, and up to {more} for this call). To raise "
+                    f"the cap, run connect(live=True, {name}=…)."
                 )
                 raise ApiError(403, message, name, "live_cap", kind="live_cap")
 
@@ -204,7 +204,7 @@ class Live:
                 timeout=TIMEOUT, trust_env=True, auto_decompress=False
             )
         headers = _passed(request.headers)
-        headers["accept-encoding"] = "identity"  # or usage could not be read
+        headers["accept-encoding"] = "identity"  # otherwise we can't read its usage
         if self._login:
             headers["authorization"] = self._login.encode()
         path = request.rel_url.raw_path.removeprefix("/v1/")
@@ -224,7 +224,7 @@ class Live:
             raise self._unreached(502, str(error.os_error), UnreachedError) from None
         except ClientError as error:
             raise self._unreached(502, type(error).__name__) from None
-        if "location" in answer.headers:  # a client would follow it, past the cap
+        if "location" in answer.headers:  # a client would follow it and bypass the cap
             answer.close()
             message = (
                 f"The upstream {self.where} redirects with status {answer.status}. "
@@ -245,7 +245,7 @@ class Live:
 
 
 def last_prompt(body: Json) -> str:
-    """The last text that a body asks about, for the journal."""
+    """The last prompt in a body, for the journal."""
     asked: Any = body.get("prompt", body.get("input", body.get("messages", "")))
     while isinstance(asked, list) and asked:
         asked = asked[-1]
@@ -255,7 +255,7 @@ def last_prompt(body: Json) -> str:
 
 
 def reserve(body: Json, *, generates: bool) -> tuple[int, int]:
-    """Tokens in the prompt of a call and at most in its answer, roughly counted."""
+    """Estimate a call's prompt tokens and the most tokens its answer can have."""
     names = ("prompt", "input", "messages", "instructions")
     asked = _size([body.get(name) for name in names])
     if not generates:
@@ -291,7 +291,7 @@ def _size(value: Any) -> int:
         value = list(value.values())
     if isinstance(value, list):
         return sum(map(_size, value))
-    return int(isinstance(value, int))  # a prompt may be tokens as numbers
+    return int(isinstance(value, int))  # a prompt may consist of token ids
 
 
 def _is_count(value: object) -> bool:

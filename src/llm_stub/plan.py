@@ -1,12 +1,12 @@
-"""What will happen to a call: its latency, its fault and the key of its ids.
+"""What will happen to a call: its latency, its fault, and the key for its ids.
 
 A plan is a pure function of (settings, prompt, attempt): the same in every run.
 """
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 from .api.requests import Call
 from .faults import extra_wait
@@ -16,8 +16,7 @@ from .stable import digest, normal, unit
 MAX_COUNTED_PROMPTS = 100_000
 
 
-@dataclass(frozen=True, order=True)
-class Pace:
+class Pace(NamedTuple):
     """How fast one answer is generated, in seconds."""
 
     first_token: float
@@ -37,14 +36,13 @@ class Pace:
         return min(tokens, max(1, due))
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What will happen to one call."""
 
     pace: Pace
     fault: Fault | None
     key: str
-    """Hexadecimal digits that all ids of the answer are made from."""
+    """Hexadecimal digits; all ids in the answer are made from them."""
 
 
 class Tries:
@@ -67,14 +65,18 @@ class Tries:
         return self._counts[key]
 
     def clear(self) -> None:
-        """Start counting from the beginning."""
+        """Set all counts to zero."""
         self._counts.clear()
 
 
 def plan(settings: Settings, call: Call, attempt: int, tries: int) -> Plan:
-    """The plan for this attempt at a call, which is this try of its prompt."""
+    """The plan for a call.
+
+    `attempt` counts the client's own retries of this call, from 1. `tries` counts
+    all requests for this prompt (see Tries).
+    """
     fault = choose_fault(settings, call.questions[0], tries)
-    # Several prompts in one request are answered side by side.
+    # Several prompts in one request are answered in parallel.
     pace = max(choose_pace(settings, text, attempt, tries) for text in call.prompts)
     first_token = pace.first_token + extra_wait(fault, settings)
     key = digest(settings.seed, *call.prompts, attempt)
@@ -84,8 +86,8 @@ def plan(settings: Settings, call: Call, attempt: int, tries: int) -> Plan:
 def choose_pace(settings: Settings, prompt: str, attempt: int, tries: int = 1) -> Pace:
     """The pace of this attempt at this prompt.
 
-    The jitter depends on the client's attempt. The tail depends on the try, so
-    that a second request for the same prompt gets another latency.
+    The jitter depends on the client's attempt. The tail depends on the try, so a
+    second request for the same prompt gets a different latency.
     """
     scale = 1.0
     if settings.jitter:
@@ -98,7 +100,7 @@ def choose_pace(settings: Settings, prompt: str, attempt: int, tries: int = 1) -
 
 
 def choose_fault(settings: Settings, prompt: str, tries: int) -> Fault | None:
-    """The fault of this try of this prompt, or None."""
+    """The fault for this try of this prompt, or None."""
     for listed, faults in settings.faults_by_prompt.items():
         if normal(listed) == normal(prompt):
             return faults[tries - 1] if tries <= len(faults) else None

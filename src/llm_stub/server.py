@@ -25,7 +25,7 @@ from .stable import digest
 from .state import State
 
 CONTROL = "/_provider/"
-MAX_BODY_BYTES = 32 * 2**20  # of any request but an upload
+MAX_BODY_BYTES = 32 * 2**20  # of any request except a file upload
 DEFAULT_MODELS = ["gpt-3.5-turbo-instruct", "gpt-3.5-turbo"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -37,7 +37,7 @@ warnings.simplefilter("ignore", aiohttp.BadContentDispositionParam)
 
 
 class Server:
-    """The stub: OpenAI's routes, answered from a table after a chosen wait.
+    """The stub: OpenAI's routes, answered from a table with a configurable latency.
 
     With an `upstream`, calls are forwarded there instead.
     """
@@ -49,7 +49,7 @@ class Server:
     def app(self) -> web.Application:
         """The aiohttp application with all routes."""
         app = web.Application(
-            middlewares=[self._journal, self._handle_errors],
+            middlewares=[self._handle],
             client_max_size=MAX_BODY_BYTES,
         )
         app.on_response_prepare.append(self._before_first_byte)
@@ -104,18 +104,18 @@ class Server:
     # Around every request
 
     @web.middleware
-    async def _journal(
+    async def _handle(
         self, request: web.Request, handler: Handler
     ) -> web.StreamResponse:
         """Record an API request and the end of its response in the journal."""
         if request.path.startswith(CONTROL):
-            return await handler(request)
+            return await self._control(request, handler)
         journal = self._state.journal
         entry = journal.arrive(f"{request.method} {request.path}", _attempt(request))
         request[ENTRY] = entry
-        complete = False  # if it stays so, the client has hung up
+        complete = False  # if it stays False, the client has hung up
         try:
-            response = await handler(request)
+            response = await self._respond(request, handler)
             await response.prepare(request)
             await response.write_eof()
             complete = True
@@ -129,14 +129,14 @@ class Server:
     async def _before_first_byte(
         self, request: web.Request, response: web.StreamResponse
     ) -> None:
-        """Note the time of the first byte, and add the headers that the API sends."""
+        """Record the time of the first byte, and add the headers that the API sends."""
         entry = request.get(ENTRY)
         if entry is None:
             return
         self._state.journal.first_byte(entry, response.status)
         if isinstance(response, RelayedResponse):
             return
-        if not entry.request_id:  # the request failed before it was read
+        if not entry.request_id:  # the request failed before we could read it
             key = digest(self._state.settings.seed, entry.route, entry.attempt)
             entry.request_id = request_id(key)
         elapsed = self._state.journal.now() - entry.arrival
@@ -145,25 +145,29 @@ class Server:
         response.headers["openai-version"] = "2020-10-01"
         response.headers.update(request.get(LIMITS, {}))
 
-    @web.middleware
-    async def _handle_errors(
+    async def _control(
         self, request: web.Request, handler: Handler
     ) -> web.StreamResponse:
-        """Answer an exception of any kind with an error that a client can read."""
-        control = request.path.startswith(CONTROL)
+        """The response of a control route; for invalid input, an error as JSON."""
         try:
-            if not control and self._live is None:
+            return await handler(request)
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        except web.HTTPException as error:
+            return web.json_response({"error": str(error)}, status=error.status)
+
+    async def _respond(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        """The response of an API route; for an exception, the API's error object."""
+        try:
+            if self._live is None:
                 self._check_key(request)
             return await handler(request)
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception as error:
-            if not control:
-                return error_response(self._api_error(request, error))
-            if not isinstance(error, ValueError | web.HTTPException):
-                raise
-            status = 400 if isinstance(error, ValueError) else error.status
-            return web.json_response({"error": str(error)}, status=status)
+            return error_response(self._api_error(request, error))
 
     def _api_error(self, request: web.Request, error: Exception) -> ApiError:
         """The API's error for an exception that a route raised."""
@@ -230,9 +234,9 @@ class Server:
 
 
 class Connection(web.RequestHandler):
-    """A connection that also answers what isn't valid HTTP like the API would.
+    """A connection that answers invalid HTTP with an API error, too.
 
-    What clients do wrong isn't logged.
+    It doesn't log the mistakes of clients.
     """
 
     def handle_error(
@@ -278,6 +282,6 @@ def _get(path: str, handler: Handler) -> web.RouteDef:
 
 
 def _attempt(request: web.Request) -> int:
-    """Which attempt this is, from what the SDK says about its own retries."""
+    """Which attempt this is, from the SDK's header with its number of retries."""
     retries = request.headers.get("x-stainless-retry-count", "0")
     return 1 + int(retries) if retries.isdecimal() and len(retries) < 10 else 1

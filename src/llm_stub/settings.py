@@ -1,4 +1,4 @@
-"""The settings of the stub: latency, limits, capacity, faults, batches, caps."""
+"""The stub's settings: latency, limits, capacity, faults, batches, caps."""
 
 import math
 from typing import Annotated, Any, Literal, Self
@@ -10,7 +10,7 @@ PerMinute = Annotated[float, Field(gt=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[list[str], Field(min_length=1)]
 
-# What each fault does is in faults.py.
+# faults.py describes what each fault does.
 Fault = Literal[
     "error_500",
     "error_503",
@@ -26,7 +26,7 @@ Fault = Literal[
 
 def _at_most_one(rates: dict[Fault, float]) -> dict[Fault, float]:
     if math.fsum(rates.values()) > 1:
-        raise ValueError("the rates add up to more than 1")
+        raise ValueError("the rates add up to more than 1; lower some of them")
     return rates
 
 
@@ -37,28 +37,28 @@ class Settings(BaseModel):
 
     seed: int = 0
     first_token: Seconds = 0.3
-    """Seconds until the first token, counted from when the call gets its turn."""
+    """Seconds until the first token, counted from when the call gets a slot."""
     per_token: Seconds = 0.01
     """Seconds for each token of the answer."""
     jitter: Share = 0.2
-    """How far a prompt's latency may be above or below, as a share of it."""
+    """How far a prompt's latency may deviate, as a fraction of the latency."""
     tail: Annotated[float, Field(ge=0, le=3)] = 0
-    """Sigma of a log-normal factor on the latency of each attempt; 0 for none."""
+    """Sigma of a log-normal factor on each attempt's latency; 0 turns it off."""
     models: Names | None = None
     """The only models that exist; None accepts any name."""
     keys: Names | None = None
-    """The only API keys that are accepted; None accepts any key, or none."""
+    """The only API keys that are accepted; None accepts any key, and also no key."""
     capacity: Annotated[int, Field(ge=1)] | None = None
     """How many calls are answered at once; others queue. None for no limit."""
     requests_per_minute: PerMinute | None = None
     tokens_per_minute: PerMinute | None = None
-    """Prompt and answer tokens together. Calls over a limit get a 429."""
+    """Prompt and answer tokens together. A call over a rate limit gets a 429."""
     burst: Annotated[float, Field(gt=0, le=3600)] = 10
-    """How many seconds' worth of a limit can be used at once."""
+    """How many seconds' worth of a rate limit can be used at once."""
     faults: Annotated[dict[Fault, Share], AfterValidator(_at_most_one)] = {}
     """The share of attempts that end in each fault."""
     faults_by_prompt: dict[str, list[Fault | None]] = {}
-    """The fault of the first, second, … attempt at a prompt; after those, none."""
+    """For each prompt, the fault of its first, second, … attempt; then none."""
     slow: Seconds = 10
     """The extra seconds that the fault `slow` adds before the first token."""
     batch_speed: Annotated[float, Field(gt=0, le=1e6)] = 100
@@ -68,7 +68,7 @@ class Settings(BaseModel):
     max_calls: Annotated[int, Field(ge=0)] = 100
     """Live mode only: how many calls are forwarded before the rest are refused."""
     max_tokens: Annotated[int, Field(ge=0)] = 50_000
-    """Live mode only: how many prompt and answer tokens they may use in total."""
+    """Live mode only: how many prompt and answer tokens these calls may use."""
 
     def changed(self, changes: dict[str, Any]) -> Self:
         """These settings with some of them replaced.

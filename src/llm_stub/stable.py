@@ -1,10 +1,10 @@
-"""Values that depend on their inputs alone, the same in every run."""
+"""Deterministic values: they depend only on their inputs, in every run."""
 
 import hashlib
 
 
 def digest(*parts: object) -> str:
-    """64 hexadecimal digits that depend on the parts and on nothing else."""
+    """64 hexadecimal digits that depend only on the parts."""
     joined = "\x1f".join(map(str, parts))
     return hashlib.blake2b(
         joined.encode(errors="surrogatepass"), digest_size=32
@@ -12,10 +12,10 @@ def digest(*parts: object) -> str:
 
 
 def unit(*parts: object) -> float:
-    """A number strictly between 0 and 1 that depends on the parts alone."""
+    """A number strictly between 0 and 1 that depends only on the parts."""
     return (int(digest(*parts)[:8], 16) + 0.5) / 2**32
 
 
 def normal(prompt: str) -> str:
-    """The prompt in lower case with single spaces: differences that don't matter."""
+    """The prompt in lower case with single spaces, to ignore such differences."""
     return " ".join(prompt.casefold().split())

@@ -1,4 +1,4 @@
-"""What the stub knows while it runs: one object that all routes share."""
+"""The state of a running stub: one object that all routes share."""
 
 import copy
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from .settings import Settings
 
 @dataclass
 class State:
-    """The settings, and what follows from them and from earlier calls."""
+    """The settings, and everything that depends on them or on earlier calls."""
 
     settings: Settings = field(default_factory=Settings)
     journal: Journal = field(default_factory=Journal)
@@ -22,7 +22,7 @@ class State:
     tries: Tries = field(default_factory=Tries)
 
     def change(self, changes: dict[str, Any]) -> None:
-        """Change settings; raises ValueError, and changes nothing, for a bad one."""
+        """Change settings. If one is invalid, raise ValueError and change nothing."""
         changed = self.settings.changed(changes)
         if changed == self.settings:
             return

@@ -53,7 +53,7 @@ def test_message_shows_the_condition_and_its_values() -> None:
     }
 
 
-def test_condition_over_several_lines_is_shown_on_one() -> None:
+def test_multiline_condition_is_shown_on_one_line() -> None:
     expected = 3
 
     def call() -> None:
@@ -74,7 +74,7 @@ def test_value_of_a_name_is_shown_once() -> None:
     assert failure_message(lambda: check("n grows", n > n)).count("n = 1") == 1
 
 
-def test_counted_list_or_its_length_is_shown() -> None:
+def test_list_or_its_length_is_shown() -> None:
     answers = ["Paris.", "Au."]
     message = failure_message(lambda: check("three answers", len(answers) == 3))
     assert "len(answers) == 3" in message
@@ -103,7 +103,7 @@ def test_names_of_an_inner_scope_are_not_evaluated() -> None:
     assert "all((wait < 0.5 for wait in waits))" in message
 
 
-def test_value_that_cannot_be_evaluated_again_is_left_out() -> None:
+def test_value_that_cannot_be_evaluated_again_is_omitted() -> None:
     class Once:
         was_read = False
 

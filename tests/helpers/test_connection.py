@@ -466,19 +466,19 @@ def test_behaving_restores_the_settings_after_an_error(connected: Provider) -> N
 # A stub that stops while it is in use
 
 
-def test_every_request_to_a_killed_stub_says_that_it_has_ended() -> None:
+def test_every_request_to_a_killed_stub_says_that_it_has_stopped() -> None:
     provider = connect()
     kill(provider)
-    with pytest.raises(ProviderError, match=r"has ended .* Run connect\(\) again"):
+    with pytest.raises(ProviderError, match=r"has stopped .* Run connect\(\) again"):
         provider.ask("/_provider/stats")
     with (
-        pytest.raises(ProviderError, match=r"has ended .* Run connect\(\) again"),
+        pytest.raises(ProviderError, match=r"has stopped .* Run connect\(\) again"),
         Timeline("one call"),
     ):
         pass
 
 
-def test_request_at_the_moment_the_stub_is_killed_says_that_it_has_ended() -> None:
+def test_request_at_the_moment_the_stub_is_killed_says_that_it_has_stopped() -> None:
     def ask_until_error() -> NoReturn:
         while True:
             provider.ask("/_provider/stats")
@@ -486,7 +486,7 @@ def test_request_at_the_moment_the_stub_is_killed_says_that_it_has_ended() -> No
     for _ in range(3):
         provider = connect()
         process_of(provider).kill()
-        with pytest.raises(ProviderError, match="has ended"):
+        with pytest.raises(ProviderError, match="has stopped"):
             ask_until_error()
 
 
@@ -580,12 +580,12 @@ def test_notebook_says_that_its_stub_was_killed_and_how_to_restart_it(
     assert during.error.startswith("APIConnectionError")
     # The call may fail shortly before the process is known to have ended.
     notice = during.stderr or Cell(kernel, "None").stderr
-    assert notice.startswith("The stub has ended (exit code ")
+    assert notice.startswith("The stub has stopped (exit code ")
     assert notice.strip().endswith(advice)
     assert len(notice.splitlines()) == 1
 
     after = Cell(kernel, "with Timeline('one call'):\n    call()")
-    assert after.error.startswith("ProviderError: The stub has ended (exit code ")
+    assert after.error.startswith("ProviderError: The stub has stopped (exit code ")
     assert after.error.endswith(advice)
 
     again = Cell(

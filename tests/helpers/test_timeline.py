@@ -265,7 +265,7 @@ def test_reset_of_the_journal_during_the_run_is_an_error(
 
 
 def test_stub_that_stops_during_the_run_is_an_error(provider: Provider) -> None:
-    message = r"has ended.*connect\(\)"
+    message = r"has stopped.*connect\(\)"
     with pytest.raises(ProviderError, match=message), Timeline("stopped"):
         provider.stop()
 

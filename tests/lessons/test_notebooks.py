@@ -144,7 +144,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
 
-def test_all_lessons_are_there() -> None:
+def test_all_lessons_exist() -> None:
     landed = [*range(9), 10, 11, 12, 15]  # 09, 13 and 14 are still to come
     assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in landed]
 
@@ -242,7 +242,7 @@ def test_code_cells_are_short(path: Path) -> None:
 
 
 @every_notebook
-def test_promised_minutes_are_honest(path: Path) -> None:
+def test_stated_minutes_match_the_length(path: Path) -> None:
     """150 words of prose or ten lines of code a minute, rounded up to five.
 
     Not counted: details that a reader opens, and all that follows *Your turn*.

@@ -78,7 +78,7 @@ def test_without_a_limit_calls_are_counted_but_never_queue() -> None:
     run(main())
 
 
-def test_lowered_limit_admits_nobody_until_enough_calls_have_left() -> None:
+def test_lowered_limit_admits_no_call_until_enough_have_finished() -> None:
     async def main() -> None:
         capacity = capacity_of(3)
         for _ in range(3):
@@ -136,7 +136,7 @@ def test_slot_of_a_call_that_is_being_cancelled_goes_to_the_next(
     run(main())
 
 
-def test_cancelled_queue_occupies_no_slots() -> None:
+def test_cancelled_queued_calls_take_no_slots() -> None:
     async def main() -> None:
         capacity = capacity_of(1)
         await capacity.enter()
@@ -320,7 +320,7 @@ def test_lowered_capacity_does_not_affect_calls_in_flight(
     assert second["end"] >= first["end"] + LATENCY - TOLERANCE
 
 
-def test_client_that_disconnects_in_the_queue_gives_up_its_place(
+def test_client_that_disconnects_in_the_queue_loses_its_place(
     provider: Provider, start_call: StartCall, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(capacity=1)

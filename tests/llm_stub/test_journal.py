@@ -226,7 +226,7 @@ def test_cancelled_task_is_recorded(
     assert [entry["state"] for entry in finished_attempts(provider)] == ["cancelled"]
 
 
-def test_call_in_flight_has_that_state(
+def test_call_in_flight_has_the_state_in_flight(
     provider: Provider, send_call: SendCall, until_in_flight: Callable[[int], None]
 ) -> None:
     provider.configure(first_token=60)

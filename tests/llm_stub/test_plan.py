@@ -82,7 +82,7 @@ def test_tail_is_the_same_in_every_run_with_the_same_seed() -> None:
     assert other.first_token != pytest.approx(first_token)
 
 
-def test_tail_scales_first_token_and_per_token_alike() -> None:
+def test_tail_scales_first_token_and_per_token_equally() -> None:
     pace = choose_pace(WITH_TAIL, "Why?", 1)
     assert pace.per_token / 0.01 == pytest.approx(pace.first_token / 0.3)
 
@@ -191,7 +191,7 @@ def test_rate_1_affects_every_request_and_rate_0_none() -> None:
         )
 
 
-def test_list_for_a_prompt_overrides_the_rates_even_after_its_end() -> None:
+def test_faults_by_prompt_override_the_rates_even_after_the_last_entry() -> None:
     settings = Settings(
         faults={"reset": 1}, faults_by_prompt={"Why?": ["hang", None, "slow"]}
     )

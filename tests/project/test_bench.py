@@ -156,8 +156,14 @@ def test_growth_measures_each_way_for_each_number_of_prompts(
     [
         (["--prompts", "-3"], "--prompts: must be an integer above 0, not '-3'"),
         (["--at-once", "many"], "--at-once: must be an integer above 0, not 'many'"),
-        (["--latency", "0"], "must be seconds above 0 and below 3600, not '0'"),
-        (["--latency", "3600"], "must be seconds above 0 and below 3600, not '3600'"),
+        (
+            ["--latency", "0"],
+            "must be a number above 0 and below 3600 (seconds), not '0'",
+        ),
+        (
+            ["--latency", "3600"],
+            "must be a number above 0 and below 3600 (seconds), not '3600'",
+        ),
         (["--growth", "10", "0"], "--growth: must be an integer above 0, not '0'"),
         (["--ways", "telepathy"], "'telepathy' (choose from"),
         (["--at-once", "1"], "--at-once must be at least as large as --workers"),

@@ -264,7 +264,7 @@ def test_failing_uv_gives_one_message(tmp_path: Path) -> None:
     project = Project(tmp_path, {**os.environ, "PATH": str(tools)}, tmp_path / "calls")
     result = project.run("lab")
     assert result.exit_code == 2
-    assert "could not make the virtual environment" in result.message
+    assert "could not create the virtual environment" in result.message
     assert not (tmp_path / ".venv").exists()
 
 

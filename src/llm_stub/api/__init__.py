@@ -1,4 +1,4 @@
-"""OpenAI's API as the stub speaks it: one class for each route that costs money."""
+"""OpenAI's API as the stub implements it: one class per route that OpenAI bills."""
 
 from .chat import Chat
 from .completions import Completion

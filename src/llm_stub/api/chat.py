@@ -29,7 +29,7 @@ class Name(ApiObject):
 
 
 class Forced(ApiObject):
-    """The one tool that must be called."""
+    """The tool that must be called."""
 
     type: Literal["function"]
     function: Name
@@ -49,7 +49,7 @@ class Format(ApiObject):
 
 
 class Part(ApiObject):
-    """A text part of a message; the stub reads no other kind."""
+    """A text part of a message; the stub accepts no other kind."""
 
     type: Literal["text", "refusal"]
     text: str = ""
@@ -114,7 +114,7 @@ class Chat(WithChoices):
     def prompts(self) -> list[str]:
         return ["\n".join(message.text for message in self.messages)]
 
-    @property
+    @cached_property
     def questions(self) -> list[str]:
         asked = [message for message in self.messages if message.role == "user"]
         return [(asked or self.messages)[-1].text]

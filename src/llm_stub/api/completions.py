@@ -46,7 +46,7 @@ class WithChoices(Generation):
 
     @property
     def usage(self) -> Json:
-        """The API's usage object; tokens are the stub's own rough count."""
+        """The API's usage object; tokens are the stub's own estimate."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -66,7 +66,7 @@ class WithChoices(Generation):
         raise NotImplementedError
 
     def head(self, key: str, kind: str) -> Json:
-        """The fields that a body and every event start with."""
+        """The fields at the start of a body and of every event."""
         return {
             "id": f"{self.PREFIX}-{key[:29]}",
             "object": kind,
@@ -114,7 +114,7 @@ class WithChoices(Generation):
 
 
 class Completion(WithChoices):
-    """POST /v1/completions. Prompts given as token numbers are refused."""
+    """POST /v1/completions. Prompts given as token ids are refused."""
 
     PREFIX, KIND, KIND_OF_EVENT = "cmpl", "text_completion", "text_completion"
 

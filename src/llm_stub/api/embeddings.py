@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: unit vectors that depend on the text alone."""
+"""POST /v1/embeddings: unit vectors that depend only on the text."""
 
 import base64
 import hashlib
@@ -13,13 +13,13 @@ from pydantic import Field
 from .errors import Json
 from .requests import Call
 
-DEFAULT_DIMENSIONS = 1536  # numbers in a vector, unless the request says otherwise
+DEFAULT_DIMENSIONS = 1536  # length of a vector, if the request doesn't set it
 Texts = Annotated[list[str], Field(min_length=1, max_length=2048)]
 Tokens = Annotated[list[int], Field(min_length=1)]
 
 
 class Embedding(Call):
-    """POST /v1/embeddings; the input is texts, or tokens as numbers."""
+    """POST /v1/embeddings; the input is text or token ids."""
 
     input: str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
     dimensions: Annotated[int, Field(ge=1, le=4096)] | None = None

@@ -49,7 +49,7 @@ def method_not_allowed(method: str, path: str, allowed: Iterable[str]) -> ApiErr
 
 
 def key_rejected(given: bool) -> ApiError:
-    """401 for an API key that is missing or wrong; the key isn't repeated."""
+    """401 for an API key that is missing or wrong; the message omits the key."""
     if given:
         return ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
     message = (
@@ -60,13 +60,13 @@ def key_rejected(given: bool) -> ApiError:
 
 
 def missing_parameter(param: str | None) -> ApiError:
-    """400 for a required parameter that isn't there."""
+    """400 for a required parameter that is missing."""
     message = f"Missing required parameter: '{param}'."
     return ApiError(400, message, param, "missing_required_parameter")
 
 
 def rate_limit_exceeded(rejection: Rejection) -> ApiError:
-    """429 for a call over a limit, with the time to wait in its headers."""
+    """429 for a call over a rate limit, with the time to wait in its headers."""
     name, bucket, wait = rejection.bucket.name, rejection.bucket, rejection.retry_after
     unit = {"requests": "RPM", "tokens": "TPM"}[name]
     code = "rate_limit_exceeded"

@@ -1,4 +1,4 @@
-"""What all requests have in common: reading and checking them, ids and encoding.
+"""What all requests share: reading and checking them, ids and encoding.
 
 Source: OpenAI's API reference (platform.openai.com/docs/api-reference), the
 pages Completions, Chat, Responses, Embeddings, Streaming and Models; and the
@@ -28,7 +28,7 @@ MAX_ANSWERS = 2048  # choices, or vectors, in one call
 Limit = Annotated[int, Field(ge=1)]
 Stop = str | Annotated[list[str], Field(max_length=4)]
 
-# Documented parameters that are accepted and have no effect: answers come from
+# Documented parameters that are accepted but have no effect: answers come from
 # a table, and nothing is stored.
 NO_EFFECT = frozenset(
     """
@@ -42,18 +42,18 @@ NO_EFFECT = frozenset(
 )
 # Documented parameters that are refused: the stub can't do what they ask for.
 REFUSED = {
-    "audio": "it produces text only",
+    "audio": "it returns only text",
     "background": "it stores no responses",
     "background_options": "it stores no responses",
     "conversation": "it stores no conversations",
     "echo": "it does not repeat prompts",
     "function_call": "use 'tool_choice' instead",
     "functions": "use 'tools' instead",
-    "image": "it produces text only",
+    "image": "it returns only text",
     "logprobs": "its answers come from a table, without probabilities",
     "previous_response_id": "it stores no responses",
     "prompt": "it stores no prompt templates",
-    "suffix": "it only continues a prompt",
+    "suffix": "it can't insert text before a suffix",
     "top_logprobs": "its answers come from a table, without probabilities",
     "web_search_options": "it has no hosted tools",
 }
@@ -80,14 +80,14 @@ class Call(ApiObject):
         """The texts that ids and latency depend on, one per answer."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def questions(self) -> list[str]:
         """The texts that are answered, one per prompt."""
         return self.prompts
 
     @cached_property
     def prompt_tokens(self) -> int:
-        """Tokens in all prompts, by the stub's own rough count."""
+        """Tokens in all prompts, by the stub's own estimate."""
         return sum(len(tokens(prompt)) for prompt in self.prompts)
 
     @cached_property
@@ -102,7 +102,7 @@ class Call(ApiObject):
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is wanted as a stream of events."""
+        """Whether the request asks for a stream of events."""
         return False
 
     def body(self, key: str) -> Json:
@@ -140,7 +140,7 @@ class StreamOptions(ApiObject):
 
 
 class Generation(Call):
-    """A request for text, whole or as a stream of server-sent events."""
+    """A request for text, in one body or as a stream of server-sent events."""
 
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -184,9 +184,9 @@ class Generation(Call):
 
 
 def read(kind: type[ObjectT], raw: bytes) -> ObjectT:
-    """Read a request's body, extra parameters included.
+    """Read a request's body, including extra parameters.
 
-    Raises ApiError 400 that names the parameter that is wrong.
+    Raises an ApiError 400 that names the invalid parameter.
     """
     call = parse(kind, raw)
     for name, value in (call.model_extra or {}).items():
@@ -197,7 +197,7 @@ def read(kind: type[ObjectT], raw: bytes) -> ObjectT:
 
 
 def parse(kind: type[ObjectT], raw: bytes) -> ObjectT:
-    """Read an object; raises ApiError 400 that names the field that is wrong."""
+    """Read an object; raises an ApiError 400 that names the invalid field."""
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
@@ -226,7 +226,10 @@ def parse(kind: type[ObjectT], raw: bytes) -> ObjectT:
                 None,
             )
         case "literal_error" | "union_tag_invalid":
-            message = f"Invalid value for '{param}': {reason}. The stub has no others."
+            message = (
+                f"Invalid value for '{param}': {reason}. The stub supports no other "
+                "value."
+            )
             code = "invalid_value"
         case kind_of if kind_of.endswith("_type"):
             message = f"Invalid type for '{param}': {reason}."
@@ -237,16 +240,21 @@ def parse(kind: type[ObjectT], raw: bytes) -> ObjectT:
 
 
 def _check_size(call: Call) -> None:
-    """Refuse a call so large that all other calls would have to wait for it."""
+    """Refuse a call so large that it would hold up all other calls."""
     prompts = call.prompts
-    if sum(map(len, prompts)) > MAX_PROMPT_CHARACTERS:
+    characters = sum(map(len, prompts))
+    if characters > MAX_PROMPT_CHARACTERS:
         message = (
-            "The maximum context length of this stub is "
-            f"{MAX_PROMPT_CHARACTERS} characters."
+            f"This stub's maximum context length is {MAX_PROMPT_CHARACTERS} "
+            f"characters, but the request has {characters}. Shorten the prompt."
         )
         raise ApiError(400, message, code="context_length_exceeded")
-    if len(prompts) * (getattr(call, "n", None) or 1) > MAX_ANSWERS:
-        message = f"Too many answers: the stub allows {MAX_ANSWERS} per call."
+    answers = len(prompts) * (getattr(call, "n", None) or 1)
+    if answers > MAX_ANSWERS:
+        message = (
+            f"The request asks for {answers} answers, but the stub allows at most "
+            f"{MAX_ANSWERS} per call. Split it into several calls."
+        )
         raise ApiError(400, message, code="invalid_value")
 
 
@@ -257,7 +265,7 @@ def _check_extra(name: str, value: object) -> None:
     if name == "modalities" and value in (None, ["text"]):
         return
     if name == "modalities":
-        message = f"'{name}' = {value!r}: the stub answers with text only."
+        message = f"Invalid value for '{name}': {value!r}. The stub returns only text."
         raise ApiError(400, message, name, "unsupported_value")
     if name not in REFUSED:
         message = f"Unrecognized request argument supplied: {name}"
@@ -268,7 +276,7 @@ def _check_extra(name: str, value: object) -> None:
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-    """Where an error is, written like the API does: messages[0].role"""
+    """Where an error is, in the API's notation: messages[0].role"""
     path = ""
     for step in loc:
         if isinstance(step, int):
@@ -288,7 +296,7 @@ def check_model(model: str, models: list[str] | None) -> None:
 
 
 def created(key: str) -> int:
-    """A time in seconds since 1970 that depends on the key alone."""
+    """A time in seconds since 1970 that depends only on the key."""
     return 1_700_000_000 + int(key[:6], 16)
 
 
@@ -298,7 +306,7 @@ def request_id(key: str) -> str:
 
 
 def encode(body: Json) -> bytes:
-    """The body as JSON, by pydantic's encoder: five times as fast as json's."""
+    """The body as JSON. Pydantic's encoder is five times as fast as that of json."""
     return to_json(body, inf_nan_mode="null")
 
 

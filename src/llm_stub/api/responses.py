@@ -1,4 +1,4 @@
-"""POST /v1/responses: items in, items out, and the events of its streams."""
+"""POST /v1/responses: input items, output items, and the events of a stream."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,7 +17,7 @@ Text = Literal["input_text", "output_text", "text", "refusal"]
 
 
 class Part(ApiObject):
-    """A text part of an item; the stub reads no other kind."""
+    """A text part of an item; the stub accepts no other kind."""
 
     type: Text
     text: str = ""
@@ -58,7 +58,7 @@ class Tool(Function):
 
 
 class Forced(ApiObject):
-    """The one tool that must be called."""
+    """The tool that must be called."""
 
     type: Literal["function"]
     name: str
@@ -107,7 +107,7 @@ class Response(Generation):
         said = [item.text for item in self.items]
         return ["\n".join([self.instructions, *said] if self.instructions else said)]
 
-    @property
+    @cached_property
     def questions(self) -> list[str]:
         asked = [item for item in self.items if item.role == "user"]
         return [(asked or self.items)[-1].text]
@@ -156,14 +156,14 @@ class Response(Generation):
 
     @property
     def status(self) -> str:
-        """The status at the end of the response."""
+        """The final status of the response."""
         return "incomplete" if self.choices[0].reason == "length" else "completed"
 
     def body(self, key: str) -> Json:
         return self.envelope(key, self.status)
 
     def envelope(self, key: str, status: str) -> Json:
-        """The API's response object; it has no output until it ends."""
+        """The API's response object; `output` is empty until the response ends."""
         ended = status != "in_progress"
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         usage = {

@@ -20,8 +20,8 @@ from ..stable import digest, normal, unit
 from .errors import ApiError, Json
 from .requests import ApiObject
 
-MAX_RECURSION = 2  # how many times a definition may be open at once
-MAX_VALUES = 10_000  # in one instance, plus the characters that `minLength` demands
+MAX_RECURSION = 2  # how often a definition may contain itself
+MAX_VALUES = 10_000  # in one instance, plus the characters that `minLength` requires
 MAX_ENUM_VALUES = 1000  # the API's own limit
 
 QUOTED_TEXT = re.compile(r"(?<!\w)(['\"`])(.{1,500}?)\1(?!\w)")
@@ -71,7 +71,7 @@ FORMATS = {
 
 
 class UnsupportedError(Exception):
-    """The stub can't make an instance of a schema; the message is a clause: why."""
+    """The stub can't make an instance of a schema; the message says why."""
 
 
 class _RecursionTooDeepError(Exception):
@@ -90,7 +90,7 @@ class Schema(ApiObject):
 def json_text(schema: Json, question: str, param: str) -> str:
     """An instance of the schema as JSON text.
 
-    Raises ApiError 400, which names `param`, if the stub doesn't support the schema.
+    Raises an ApiError 400 that names `param` if the stub doesn't support the schema.
     """
     try:
         return json.dumps(
@@ -125,15 +125,15 @@ def instance(schema: Json, prompt: str) -> Any:
     try:
         return _Builder(schema, prompt).build(schema, "value")
     except _RecursionTooDeepError:
-        raise UnsupportedError("a definition contains itself without end") from None
+        raise UnsupportedError("a definition contains itself endlessly") from None
     except RecursionError:
-        raise UnsupportedError("it has too many levels") from None
+        raise UnsupportedError("it is nested too deeply") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        raise UnsupportedError("a keyword has a malformed value") from None
+        raise UnsupportedError("one of its keywords has a malformed value") from None
 
 
 class _Builder:
-    """Builds one instance. `name` is the property that a value is for."""
+    """Builds one instance. `name` is the property that a value belongs to."""
 
     def __init__(self, root: Json, prompt: str) -> None:
         self.root, self.prompt = root, normal(prompt)
@@ -180,7 +180,9 @@ class _Builder:
     def count_values(self, more: int) -> None:
         self.values += more
         if self.values > MAX_VALUES:
-            raise UnsupportedError(f"an instance has more than {MAX_VALUES} values")
+            raise UnsupportedError(
+                f"an instance would have more than {MAX_VALUES} values"
+            )
 
     def follow_reference(self, reference: str, name: str) -> Any:
         if self.open_references.count(reference) >= MAX_RECURSION:
@@ -199,7 +201,7 @@ class _Builder:
             self.open_references.pop()
 
     def build_any_of(self, options: list[Any], name: str) -> Any:
-        """The first option whose recursion ends; null only if no other does."""
+        """The first option whose recursion ends; null only if there is no other."""
         *others, last = sorted(options, key=lambda option: option == {"type": "null"})
         for option in others:
             try:
@@ -209,16 +211,20 @@ class _Builder:
         return self.build(last, name)
 
     def choose_value(self, values: Any, schema: Json, name: str = "") -> Any:
-        """A value that the prompt mentions, or else any, but of the schema's type."""
+        """A value of the schema's type: one that the prompt mentions, or else any."""
         if not isinstance(values, list):
             raise UnsupportedError(f"'enum' must be a list, not {values!r}")
         if len(values) > MAX_ENUM_VALUES:
-            raise UnsupportedError(f"an enum has more than {MAX_ENUM_VALUES} values")
+            raise UnsupportedError(
+                f"an enum has {len(values)} values, more than {MAX_ENUM_VALUES}"
+            )
         if "type" in schema:
             types = types_of(schema)
             values = [one for one in values if any(has_type(one, t) for t in types)]
         if not values:
-            raise UnsupportedError("no value of an 'enum' or 'const' has its type")
+            raise UnsupportedError(
+                "no value of an 'enum' or 'const' matches its 'type'"
+            )
         for value in values:
             if isinstance(value, str) and self.mentions(normal(value)):
                 return value
@@ -226,7 +232,7 @@ class _Builder:
 
     def mentions(self, text: str) -> bool:
         """Whether the prompt contains this text as whole words."""
-        if not text or text not in self.prompt:  # much faster than the expression
+        if not text or text not in self.prompt:  # much faster than the regex
             return False
         return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", self.prompt))
 
@@ -248,7 +254,7 @@ class _Builder:
         return built
 
     def build_array(self, schema: Json, name: str) -> list[Any]:
-        """The prefix items and one more, or as many as the limits demand."""
+        """The prefix items and one more, or as many as the limits require."""
         built = [self.build(part, name) for part in schema.get("prefixItems", [])]
         low, high = size(schema, "minItems", 0), size(schema, "maxItems", math.inf)
         target = max(low, min(high, len(built) + 1))
@@ -304,7 +310,7 @@ class _Builder:
         candidates = [*self.numbers, 0, low, high]
         if any_fraction:
             candidates += [(low + high) / 2, low + 1, high - 1]
-        else:  # if any multiple fits, one next to a bound does
+        else:  # if any multiple fits, so does one next to a bound
             start = exact(low if low > -math.inf else min(high, 0))
             nearest = round(start / step) * step
             for multiple in (nearest - step, nearest, nearest + step):
@@ -315,11 +321,11 @@ class _Builder:
                 if value in self.numbers:
                     self.numbers.remove(value)
                 return int(value) if integer else value
-        raise UnsupportedError("the stub finds no number between the bounds")
+        raise UnsupportedError("the stub can't find a number within its bounds")
 
 
 def reject_unknown_keywords(schema: Json, known: set[str] | frozenset[str]) -> None:
-    """Raise UnsupportedError for a keyword that isn't known and not an annotation."""
+    """Raise UnsupportedError for a keyword that is neither known nor an annotation."""
     for keyword in schema:
         if keyword not in known and keyword not in ANNOTATIONS:
             raise UnsupportedError(f"the keyword {keyword!r} is not supported here")
@@ -335,7 +341,7 @@ def types_of(schema: Json) -> list[str]:
 
 
 def has_type(value: object, kind: str) -> bool:
-    """Whether a value has a type of JSON schemas. In Python, a bool is also an int."""
+    """Whether a value has this JSON type. In Python, a bool is also an int."""
     if isinstance(value, bool):
         return kind == "boolean"
     return isinstance(value, PYTHON_TYPES[kind])
@@ -358,5 +364,5 @@ def size(schema: Json, keyword: str, default: float) -> float:
 
 
 def exact(value: float) -> Fraction:
-    """The number as it is written in decimal: 0.1 is exactly 1/10."""
+    """The number exactly as written in decimal: 0.1 is 1/10."""
     return Fraction(str(value))

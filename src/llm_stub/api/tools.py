@@ -23,8 +23,8 @@ def choose_function(
 
     `wish` is none, auto, required, or a name. With auto, the stub calls the
     function whose name has the most words in common with the question, unless
-    `done`: the result of a call is the last message. Raises ApiError 400 if the
-    wish doesn't fit the functions.
+    `done`: then the last message is the result of a call. Raises ApiError 400 if
+    none of the functions fits the wish.
     """
     if wish == "none" or not functions:
         if wish not in ("none", "auto"):
@@ -53,7 +53,7 @@ def call_function(
 ) -> Choice:
     """A call of the function, with arguments made from its schema.
 
-    If it was `named` by `tool_choice`, finish_reason is that of a text.
+    If `tool_choice` `named` the function, finish_reason is the same as for text.
     """
     text = json_text(function.parameters or {"type": "object"}, question, "tools")
     made = cut(text, limit)
