@@ -73,7 +73,9 @@ async def _stream(
         }
     )
     first, *groups, last = call.events(plan.key)
-    end = len(groups) // 2 if plan.fault in faults.IN_STREAM else len(groups)
+    end = len(groups)
+    if plan.fault in faults.IN_STREAM and groups:
+        end = max(1, end // 2)
     await turn.until(plan.pace.first_token)
     await response.prepare(request)
     await response.write(b"".join(first))

@@ -35,12 +35,10 @@ class Attempt:
     fault: str = ""
     """The fault that the stub caused, or `upstream` if the upstream failed."""
 
-    def describe(
-        self, model: str, prompt: str, stream: bool, prompt_tokens: int = 0
-    ) -> None:
+    def describe(self, model: str, prompt: str, stream: bool) -> None:
         """Record what the request asks for, once it has been read."""
         self.model, self.prompt = model[:PROMPT_PREVIEW], prompt[:PROMPT_PREVIEW]
-        self.stream, self.prompt_tokens = stream, prompt_tokens
+        self.stream = stream
 
     @property
     def state(self) -> str:

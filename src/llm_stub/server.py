@@ -206,8 +206,9 @@ class Server:
         state, entry = self._state, request[ENTRY]
         settings, limits = state.settings, state.limits  # as of its arrival
         call = read_call(request.path, await request.read())
-        entry.describe(call.model, call.questions[0], call.streams, call.prompt_tokens)
+        entry.describe(call.model, call.questions[0], call.streams)
         check_model(call.model, settings.models)
+        entry.prompt_tokens = call.prompt_tokens
         tokens = call.prompt_tokens + call.completion_tokens
         rejection = limits.admit(tokens, state.journal.now())
         request[LIMITS] = limits.headers()

@@ -169,13 +169,14 @@ def test_broken_stream_is_a_prefix_of_the_complete_one(
 
 
 @pytest.mark.parametrize("fault", ["reset_midway", "truncated", "malformed"])
-def test_stream_of_one_token_breaks_too(
+def test_stream_of_one_token_breaks_after_that_token(
     client: OpenAI, provider: Provider, fault: str
 ) -> None:
     provider.configure(faults={fault: 1})
     with pytest.raises(EXPECTED_ERRORS[fault][0]):
         ask(client, stream=True, max_tokens=1)
-    assert [entry["state"] for entry in finished_attempts(provider)] == ["failed"]
+    [entry] = finished_attempts(provider)
+    assert (entry["state"], entry["completion_tokens"]) == ("failed", 1)
 
 
 @pytest.mark.parametrize("fault", [*EXPECTED_ERRORS, "wrong_type", "slow"])

@@ -84,6 +84,17 @@ def test_attempt_has_route_model_prompt_status_and_tokens(
     assert bad["number"] == good["number"] + 1
 
 
+def test_call_for_an_unknown_model_is_recorded_without_tokens(
+    provider: Provider, complete: Complete
+) -> None:
+    provider.configure(models=["another"])
+    with pytest.raises(openai.NotFoundError):
+        complete("Who wrote Hamlet?")
+    [entry] = finished_attempts(provider)
+    assert (entry["status"], entry["prompt"]) == (404, "Who wrote Hamlet?")
+    assert entry["prompt_tokens"] == 0
+
+
 @pytest.mark.parametrize(
     ("header", "attempt"),
     [
