@@ -45,13 +45,13 @@ async def serve(port: int, parent: int | None, upstream: str | None) -> int:
     if parent is None:
         await asyncio.Event().wait()
     else:
-        await _parent_gone(parent)
+        await _wait_for_parent_exit(parent)
     server.close()
     await runner.cleanup()
     return 0
 
 
-async def _parent_gone(parent: int) -> None:
+async def _wait_for_parent_exit(parent: int) -> None:
     """Return when standard input ends or the parent process changes.
 
     Neither is enough alone: a process forked from the parent can keep the pipe open

@@ -61,7 +61,7 @@ class Batch:
     id: str
     request: Create
     expires_after: float
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
     status: str = "validating"
     times: dict[str, int] = field(default_factory=dict)
     errors: list[Json] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Batch:
     @property
     def age(self) -> float:
         """Seconds since it was created."""
-        return time.monotonic() - self.begun
+        return time.monotonic() - self.started
 
     @property
     def created_at(self) -> int:
@@ -91,7 +91,7 @@ class Batch:
     def body(self) -> Json:
         """The API's batch object."""
         moments = "in_progress finalizing completed failed expired cancelling cancelled"
-        asked, generated = self.tokens
+        prompt_tokens, answer_tokens = self.tokens
         failed = {"object": "list", "data": self.errors} if self.errors else None
         return {
             "id": self.id,
@@ -114,11 +114,11 @@ class Batch:
             },
             "metadata": self.request.metadata,
             "usage": {
-                "input_tokens": asked,
+                "input_tokens": prompt_tokens,
                 "input_tokens_details": {"cached_tokens": 0},
-                "output_tokens": generated,
+                "output_tokens": answer_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": asked + generated,
+                "total_tokens": prompt_tokens + answer_tokens,
             },
         }
 
@@ -132,16 +132,16 @@ class Batches:
 
     async def create(self, request: web.Request) -> web.Response:
         """POST /v1/batches"""
-        asked = read(Create, await request.read())
-        file = self._files.find(asked.input_file_id)
+        wanted = read(Create, await request.read())
+        file = self._files.find(wanted.input_file_id)
         if file is None or file.purpose != "batch":
             message = (
-                f"There is no file '{asked.input_file_id}' with purpose 'batch'. "
+                f"There is no file '{wanted.input_file_id}' with purpose 'batch'. "
                 "Upload it first."
             )
             raise ApiError(400, message, "input_file_id", "invalid_value")
         id_ = f"batch_{digest(len(self._batches), file.id)[:32]}"
-        batch = Batch(id_, asked, self._state.settings.batch_window)
+        batch = Batch(id_, wanted, self._state.settings.batch_window)
         self._batches[id_] = batch
         batch.task = asyncio.create_task(self._work(batch, file.content))
         return web.json_response(batch.body())
@@ -188,11 +188,11 @@ class Batches:
             return
         if batch.status != "cancelling":
             batch.enter("in_progress")
-        begun, done = time.monotonic(), 0
+        started, done = time.monotonic(), 0
         while done < len(lines) and batch.status == "in_progress":
             if batch.age > batch.expires_after:
                 break
-            due = (time.monotonic() - begun) * self._state.settings.batch_speed
+            due = (time.monotonic() - started) * self._state.settings.batch_speed
             turn = time.monotonic() + SLICE
             while done < min(due, len(lines)) and time.monotonic() < turn:
                 self._answer(batch, json.loads(lines[done]), done)
@@ -235,9 +235,9 @@ class Batches:
             try:
                 line = parse(Line, raw)
             except ApiError as error:
-                told = error.body["error"]
-                code = told["code"] or "invalid_json_line"
-                wrong(code, told["message"], number, told["param"])
+                problem = error.body["error"]
+                code = problem["code"] or "invalid_json_line"
+                wrong(code, problem["message"], number, problem["param"])
                 continue
             model = line.body.get("model")
             if line.custom_id in seen:

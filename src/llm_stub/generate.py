@@ -19,13 +19,13 @@ MIN_STREAM_INTERVAL = 0.02  # seconds between two writes to one stream
 class Turn:
     """The time since a call got its slot, in seconds."""
 
-    begun: float
+    started: float
     now: Callable[[], float]
 
     @property
     def elapsed(self) -> float:
         """Seconds since the turn began."""
-        return self.now() - self.begun
+        return self.now() - self.started
 
     async def until(self, due: float, at_least: float = 0) -> None:
         """Sleep until `due` seconds have passed, and for `at_least` seconds."""

@@ -111,27 +111,29 @@ class Live:
             str(body.get("model", "")), last_prompt(body), bool(body.get("stream"))
         )
         generates = issubclass(ENDPOINTS[request.path], Generation)
-        asked, most = reserve(body, generates=generates)
-        self.check_cap(asked + most)
+        reserved_prompt, reserved_answer = reserve(body, generates=generates)
+        reserved = reserved_prompt + reserved_answer
+        self.check_cap(reserved)
         self.calls += 1
-        self.tokens += asked + most
+        self.tokens += reserved
         try:
             answer = await self.send(request, raw)
         except UnreachedError:
             self.calls -= 1
-            self.tokens -= asked + most
+            self.tokens -= reserved
             raise
         response = await self.relay(request, entry, answer)
         # A broken answer stays counted in full, because it may be charged.
         if answer.status >= 400:
-            asked_now, generated = 0, 0
-        elif not entry.prompt_tokens and not entry.stream:
-            asked_now, generated = asked, most  # no usage given: use the estimate
-        else:
-            asked_now, generated = entry.prompt_tokens, entry.completion_tokens
-            if not asked_now:  # no usage given: count the events of the stream
-                asked_now = entry.prompt_tokens = asked
-        self.tokens += asked_now + generated - asked - most
+            used = 0
+        elif entry.prompt_tokens:
+            used = entry.prompt_tokens + entry.completion_tokens
+        elif entry.stream:  # no usage given: count the events of the stream
+            entry.prompt_tokens = reserved_prompt
+            used = reserved_prompt + entry.completion_tokens
+        else:  # no usage given: keep the estimate
+            used = reserved
+        self.tokens += used - reserved
         return response
 
     async def relay(
@@ -246,20 +248,20 @@ class Live:
 
 def last_prompt(body: Json) -> str:
     """The last prompt in a body, for the journal."""
-    asked: Any = body.get("prompt", body.get("input", body.get("messages", "")))
-    while isinstance(asked, list) and asked:
-        asked = asked[-1]
-        if isinstance(asked, dict):
-            asked = asked.get("content", asked.get("text", ""))
-    return asked if isinstance(asked, str) else ""
+    text: Any = body.get("prompt", body.get("input", body.get("messages", "")))
+    while isinstance(text, list) and text:
+        text = text[-1]
+        if isinstance(text, dict):
+            text = text.get("content", text.get("text", ""))
+    return text if isinstance(text, str) else ""
 
 
 def reserve(body: Json, *, generates: bool) -> tuple[int, int]:
     """Estimate a call's prompt tokens and the most tokens its answer can have."""
     names = ("prompt", "input", "messages", "instructions")
-    asked = _size([body.get(name) for name in names])
+    prompt_tokens = _size([body.get(name) for name in names])
     if not generates:
-        return asked, 0
+        return prompt_tokens, 0
     limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
     limit = next(
         (body[name] for name in limits if _is_count(body.get(name))), DEFAULT_RESERVE
@@ -269,7 +271,7 @@ def reserve(body: Json, *, generates: bool) -> tuple[int, int]:
     prompts = body.get("prompt")
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
         times *= len(prompts)
-    return asked, int(limit) * int(times)
+    return prompt_tokens, int(limit) * int(times)
 
 
 def usage(tail: bytes) -> tuple[int, int]:
@@ -280,8 +282,8 @@ def usage(tail: bytes) -> tuple[int, int]:
         found = re.findall(rf'"(?:{"|".join(names)})":\s*(\d+)', text)
         return int(found[-1]) if found else 0
 
-    asked = last("prompt_tokens", "input_tokens")
-    return asked, max(0, last("total_tokens") - asked)
+    prompt_tokens = last("prompt_tokens", "input_tokens")
+    return prompt_tokens, max(0, last("total_tokens") - prompt_tokens)
 
 
 def _size(value: Any) -> int:

@@ -116,8 +116,8 @@ class Chat(WithChoices):
 
     @cached_property
     def questions(self) -> list[str]:
-        asked = [message for message in self.messages if message.role == "user"]
-        return [(asked or self.messages)[-1].text]
+        from_user = [message for message in self.messages if message.role == "user"]
+        return [(from_user or self.messages)[-1].text]
 
     @property
     def limit(self) -> int | None:
@@ -133,15 +133,15 @@ class Chat(WithChoices):
 
     def reply(self, question: str) -> Choice:
         forced = self.tool_choice
-        wish = forced.function.name if isinstance(forced, Forced) else None
+        name = forced.function.name if isinstance(forced, Forced) else None
         function = choose_function(
             [tool.function for tool in self.tools or ()],
-            wish or (forced if isinstance(forced, str) else "auto"),
+            name or (forced if isinstance(forced, str) else "auto"),
             question,
             done=self.messages[-1].role == "tool",
         )
         if function:
-            return call_function(function, question, self.limit, named=bool(wish))
+            return call_function(function, question, self.limit, named=bool(name))
         wanted = self.response_format
         if wanted and wanted.json_schema:
             schema = wanted.json_schema.schema_

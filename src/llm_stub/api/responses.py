@@ -109,17 +109,17 @@ class Response(Generation):
 
     @cached_property
     def questions(self) -> list[str]:
-        asked = [item for item in self.items if item.role == "user"]
-        return [(asked or self.items)[-1].text]
+        from_user = [item for item in self.items if item.role == "user"]
+        return [(from_user or self.items)[-1].text]
 
     @cached_property
     def choices(self) -> list[Choice]:
         question, limit = self.questions[0], self.max_output_tokens
         forced = self.tool_choice
-        wish = forced.name if isinstance(forced, Forced) else forced or "auto"
+        tool_choice = forced.name if isinstance(forced, Forced) else forced or "auto"
         function = choose_function(
             list(self.tools or ()),
-            wish,
+            tool_choice,
             question,
             done=self.items[-1].type == "function_call_output",
         )
@@ -136,7 +136,7 @@ class Response(Generation):
 
     def item(self, key: str, status: str) -> Json:
         """The only item of the output: a message or a function call."""
-        choice, begun = self.choices[0], status == "in_progress"
+        choice, in_progress = self.choices[0], status == "in_progress"
         if choice.function:
             return {
                 "id": f"fc_{key[:32]}",
@@ -144,14 +144,14 @@ class Response(Generation):
                 "status": status,
                 "call_id": call_id(key),
                 "name": choice.function,
-                "arguments": "" if begun else choice.text,
+                "arguments": "" if in_progress else choice.text,
             }
         return {
             "id": f"msg_{key[:32]}",
             "type": "message",
             "status": status,
             "role": "assistant",
-            "content": [] if begun else [_text_part(choice.text)],
+            "content": [] if in_progress else [_text_part(choice.text)],
         }
 
     @property
@@ -226,10 +226,10 @@ class Response(Generation):
                 {"type": name, "sequence_number": number - 1, **fields}, name
             )
 
-        begun = self.envelope(key, "in_progress")
+        started = self.envelope(key, "in_progress")
         first = [
-            event("created", response=begun),
-            event("in_progress", response=begun),
+            event("created", response=started),
+            event("in_progress", response=started),
             event("output_item.added", item=item, **place),
         ]
         if choice.function:

@@ -17,17 +17,17 @@ class Function(ApiObject):
 
 
 def choose_function(
-    functions: list[Function], wish: str, question: str, *, done: bool
+    functions: list[Function], tool_choice: str, question: str, *, done: bool
 ) -> Function | None:
     """The function to call, or None.
 
-    `wish` is none, auto, required, or a name. With auto, the stub calls the
+    `tool_choice` is none, auto, required, or a name. With auto, the stub calls the
     function whose name has the most words in common with the question, unless
     `done`: then the last message is the result of a call. Raises ApiError 400 if
-    none of the functions fits the wish.
+    none of the functions fits.
     """
-    if wish == "none" or not functions:
-        if wish not in ("none", "auto"):
+    if tool_choice == "none" or not functions:
+        if tool_choice not in ("none", "auto"):
             raise ApiError(
                 400,
                 "'tool_choice' is only allowed when 'tools' are specified.",
@@ -39,13 +39,15 @@ def choose_function(
         words = re.findall(r"[^\W_]{4,}", function.name.casefold())
         return sum(word in question.casefold() for word in words)
 
-    if wish in ("auto", "required"):
+    if tool_choice in ("auto", "required"):
         best = max(functions, key=common)
-        return best if wish == "required" or (common(best) and not done) else None
+        return (
+            best if tool_choice == "required" or (common(best) and not done) else None
+        )
     for function in functions:
-        if function.name == wish:
+        if function.name == tool_choice:
             return function
-    raise ApiError(400, f"There is no tool '{wish}' in 'tools'.", "tool_choice")
+    raise ApiError(400, f"There is no tool '{tool_choice}' in 'tools'.", "tool_choice")
 
 
 def call_function(
