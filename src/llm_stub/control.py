@@ -65,7 +65,6 @@ def _number(
         if not 0 <= number <= maximum:
             raise ValueError
     except ValueError:
-        raise ValueError(
-            f"{name}={text[:40]!r} must be a number from 0 to {maximum}"
-        ) from None
+        wanted = "0 or more" if math.isinf(maximum) else f"from 0 to {maximum}"
+        raise ValueError(f"{name}={text[:40]!r} must be a number {wanted}") from None
     return number
