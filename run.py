@@ -5,7 +5,8 @@
     python run.py notebooks  execute the notebooks and store their outputs
     python run.py bench      compare all ways; also `bench bounds`, `bench stub`
 
-Each command sets up `.venv` first: once, and again when requirements.lock changes.
+Each command sets up `.venv` first: once, and again when requirements.lock changes or
+the folder has moved.
 Any further arguments are passed to the tool: `python run.py lab --no-browser`,
 `python run.py test -k timeline`, `python run.py notebooks 01_make_one_call`,
 `python run.py bench --help`.
@@ -54,9 +55,13 @@ def call(*words: object, environment: Optional[Mapping[str, str]] = None) -> int
 
 
 def set_up() -> None:
-    """Install exactly what requirements.lock lists into `.venv`."""
-    wanted = "python {}.{}, lock {}\n".format(
-        *sys.version_info[:2], hashlib.sha256(LOCK.read_bytes()).hexdigest()
+    """Install exactly what requirements.lock lists into `.venv`.
+
+    A `.venv` can't be moved: its scripts contain its path. So a moved or copied
+    project gets a new one.
+    """
+    wanted = "python {}.{}, lock {}, in {}\n".format(
+        *sys.version_info[:2], hashlib.sha256(LOCK.read_bytes()).hexdigest(), ROOT
     )
     if STAMP.exists() and PYTHON.exists() and STAMP.read_text() == wanted:
         return

@@ -14,7 +14,8 @@ def check(claim: str, holds: bool) -> None:
         check("two calls were in flight at once", run.peak_in_flight == 2)
 
     Raises AssertionError if `holds` is false. Its message contains the condition
-    as written, and the value of each name and item in it.
+    as written, and the value of each name and item in it. Nothing in the condition
+    is called a second time, except `len`.
     """
     if holds:
         print(f"✓ {claim}")
@@ -29,12 +30,31 @@ def _figures(caller: FrameType) -> str:
         return ""
     condition = [*call.args, *(keyword.value for keyword in call.keywords)][1]
     lines = [f"\n  not true: {ast.unparse(condition)}"]
+    inner = {
+        ast.unparse(name)
+        for part in ast.walk(condition)
+        if isinstance(part, ast.comprehension)
+        for name in ast.walk(part.target)
+    }
     for node in ast.walk(condition):
-        counted = isinstance(node, ast.Call) and ast.unparse(node.func) == "len"
-        if counted or isinstance(node, ast.Name | ast.Attribute | ast.Subscript):
+        shown = isinstance(node, ast.Name | ast.Attribute | ast.Subscript)
+        if (shown or _is_len(node)) and _is_repeatable(node, inner):
             source = ast.unparse(node)
-            with suppress(Exception):  # names from an inner scope have no value here
+            with suppress(Exception):  # such as an await, or a lambda's argument
                 value = eval(source, caller.f_globals, caller.f_locals)
                 if isinstance(value, int | float | str):
                     lines.append(f"\n  {source} = {value!r}")
     return "".join(dict.fromkeys(lines))
+
+
+def _is_len(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "len"
+
+
+def _is_repeatable(node: ast.AST, inner: set[str]) -> bool:
+    """Whether evaluating it again calls nothing but len and gives the same value."""
+    return not any(
+        (isinstance(part, ast.Call | ast.NamedExpr) and not _is_len(part))
+        or (isinstance(part, ast.Name) and part.id in inner)
+        for part in ast.walk(node)
+    )

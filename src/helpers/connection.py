@@ -4,18 +4,37 @@ import contextlib
 import http.client
 import json
 import os
+import signal
+import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from . import environment
 
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+MAX_ERROR_OUTPUT = 2000  # characters in a message
+
+_opener = urllib.request.build_opener(
+    urllib.request.ProxyHandler({}),
+    # Otherwise Python 3.12 and later load certificates here, which can fail.
+    urllib.request.HTTPSHandler(context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)),
+)
 _current: "Provider | None" = None
+_lock = threading.Lock()  # held by the thread that is connecting
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may hold it during a fork
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class ProviderError(RuntimeError):
@@ -30,12 +49,17 @@ class Provider:
         url: str,
         process: subprocess.Popen[str] | None = None,
         *,
+        errors: IO[bytes] | None = None,
         live: bool = False,
+        started_with: dict[str, str] | None = None,
     ) -> None:
         self.url = url  # the OpenAI API is under /v1
         self.live = live
-        self.started_with: dict[str, str] = {}  # live mode's upstream and model
+        # Live mode's upstream and model; None if connect() didn't start the stub.
+        self.started_with = started_with
         self._process = process
+        self._errors = errors  # the file with the error output of the process
+        self._owner = os.getpid()
         self._settings: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -44,13 +68,19 @@ class Provider:
                 self._settings[f"max_{name}"] for name in ("calls", "tokens")
             )
             return f"<Provider: LIVE, up to {calls} calls and {tokens} tokens>"
-        where = "started by this process" if self._process else "found running"
+        where = "started by this process" if self._own_process else "found running"
         return f"<Provider: a stub of OpenAI on this machine, {where}>"
+
+    @property
+    def _own_process(self) -> subprocess.Popen[str] | None:
+        """The stub's process; None if this process didn't start it."""
+        forked = os.getpid() != self._owner  # the parent's process isn't our child
+        return None if forked else self._process
 
     @property
     def exit_code(self) -> int | None:
         """Exit code of the process; None if it is running or wasn't started here."""
-        return self._process.poll() if self._process else None
+        return self._own_process.poll() if self._own_process else None
 
     def configure(self, **settings: Any) -> dict[str, Any]:
         """Change settings (see `connect`), and return all of them.
@@ -76,9 +106,9 @@ class Provider:
 
     def stop(self) -> None:
         """Stop the stub, if this process started it."""
-        if self._process:
-            self._process.terminate()
-            self._process.wait()
+        if self._own_process:
+            self._own_process.terminate()
+            self._own_process.wait()
 
     def ask(self, path: str, method: str = "GET", body: Any = None) -> Any:
         """Send a control request; return the JSON of the response.
@@ -100,20 +130,34 @@ class Provider:
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ProviderError(self.explain_no_answer(error)) from None
 
+    def _recognize(self) -> None:
+        """Find out whether it is live; ProviderError if the stub doesn't answer."""
+        try:
+            self.live = bool(self.ask("/_provider/stats")["live"])
+        except (LookupError, OSError, TypeError, ValueError, http.client.HTTPException):
+            error = OSError("another server answers there")
+            raise ProviderError(self.explain_no_answer(error)) from None
+
     def explain_no_answer(self, error: Exception | None = None) -> str:
         """Message for a stub that doesn't answer: what happened, and what to do."""
-        if self._process:  # its socket may close a moment before it exits
+        if self._own_process:  # its socket may close a moment before it exits
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1)
+                self._own_process.wait(1)
         if self.exit_code is not None:
-            return (
+            message = (
                 f"The stub has stopped (exit code {self.exit_code}). Run connect() "
                 "again: it starts a new one at the same address."
             )
+            output = _end_of(self._errors)
+            if output and self.exit_code not in (0, -signal.SIGTERM):
+                message += f" The end of its error output:\n{output}"
+            return message
         reason = getattr(error, "reason", None) or error
         message = f"Can't reach the stub at {self.url} ({reason}). "
-        if self._process:
+        if self._own_process:
             return message + "Restart the kernel, then run connect() again."
+        if self.url != environment.provider_url():
+            return message + "Run connect() again: it starts a new one."
         return message + (
             "LLM_PROVIDER_URL points there. Start it with `python -m llm_stub --port "
             "8000`, or unset LLM_PROVIDER_URL. Then run connect() again."
@@ -124,7 +168,8 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     """Start the stub and point the OpenAI clients of this process at it.
 
     Call it before you build a client. A second call returns the same stub, or
-    starts a new one at the same address if it has stopped. If LLM_PROVIDER_URL is
+    starts a new one at the same address if it has stopped. A child process uses
+    its parent's stub, if that is running in the same mode. If LLM_PROVIDER_URL is
     set, `connect` uses the stub at that address.
 
     Settings, all optional: `first_token` and `per_token` (seconds), `jitter`
@@ -138,44 +183,87 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     is reached.
 
     Raises ProviderError if the stub can't be started or reached, and ValueError
-    for a setting that doesn't exist or is out of range.
+    for a setting that doesn't exist or is out of range. Even after an error, no
+    client calls another server: calls go to a running stub, or fail.
     """
+    with _lock:
+        return _connect(live, settings)
+
+
+def _connect(live: bool | None, settings: dict[str, Any]) -> Provider:
     global _current
+    running = _running()
+    _point_clients_at(running)
     environment.raise_file_limit()
     if live is None:
-        live = environment.live_wanted()
-    url = os.environ.get("LLM_PROVIDER_URL", "").rstrip("/")
-    if url and live:
+        live = environment.switch("LLM_LIVE")
+    url = environment.provider_url()
+    wanted = {}
+    if live:
+        _reject_unusable_live_mode(url)
+        wanted = environment.record().own
+        wanted["LLM_MODEL"] = os.environ.get("LLM_MODEL", "")
+    if url:
+        found = Provider(url)
+        found._recognize()
+    elif running and (running.live, running.started_with) == (live, wanted):
+        found = running
+    else:
+        _point_clients_at(None)
+        earlier = _current if _current and _current._own_process else None
+        if earlier:
+            earlier.stop()
+        found = _start(earlier.url if earlier else None, live)
+        found.started_with = wanted
+    _current = found
+    _point_clients_at(found)
+    _current.configure(**settings)
+    _report_when_it_ends()
+    return _current
+
+
+def _point_clients_at(stub: Provider | None) -> None:
+    """Point them at the stub or, without one, at an address without a server."""
+    stub = stub or Provider(environment.NO_STUB)
+    environment.point_clients_at(
+        stub.url, live=stub.live, started_with=stub.started_with
+    )
+
+
+def _running() -> Provider | None:
+    """The stub that this process or its parent started, if it is running."""
+    if _current and _current._own_process:
+        return _current if _current.exit_code is None else None
+    last = environment.record()
+    if last.started_with is None:
+        return None
+    found = _current
+    if found is None or found.url != last.url:
+        found = Provider(last.url, started_with=last.started_with)
+    with contextlib.suppress(ProviderError):
+        found._recognize()
+        return found
+    return None
+
+
+def _reject_unusable_live_mode(url: str) -> None:
+    """Raise ProviderError if live mode can't work in this environment."""
+    if url:
         raise ProviderError(
             f"Live mode starts its own stub, but LLM_PROVIDER_URL is set to {url}. "
             "Unset it, or start the stub there with --live and unset LLM_LIVE."
         )
-    environment.remember_own_addresses(_current.url if _current else None)
-    own = environment.own_addresses
-    if live and not own and not environment.has_key():
+    for name in environment.unusable_headers():
+        raise ProviderError(
+            f"Live mode sends {name} in a header, but it contains a line break, a "
+            "character that isn't ASCII, or a space at its start or end. Correct it, "
+            "then run connect() again."
+        )
+    if not environment.record().own and not environment.has_key():
         raise ProviderError(
             "Live mode calls OpenAI, and OPENAI_API_KEY is not set. Set it, or set "
             "OPENAI_BASE_URL to a server that needs no key. Then run connect() again."
         )
-    wanted = own | {"LLM_MODEL": os.environ.get("LLM_MODEL", "")} if live else {}
-    if url:
-        _current = Provider(url)
-    elif _current is None or _current._process is None:
-        _current = _start(None, live)
-    elif (
-        _current.exit_code is not None
-        or _current.live != live
-        or _current.started_with != wanted
-    ):
-        _current.stop()
-        _current = _start(_current.url, live)
-    _current.started_with = wanted
-    _current.configure(**settings)
-    if url:
-        _current.live = bool(_current.ask("/_provider/stats")["live"])
-    environment.point_clients_at(_current.url)
-    _report_when_it_ends()
-    return _current
 
 
 def current() -> Provider:
@@ -189,32 +277,43 @@ def _start(earlier_url: str | None, live: bool) -> Provider:
     """Start the process, at the earlier address if that is free."""
     port = earlier_url.rpartition(":")[2] if earlier_url else "0"
     # A file, because a pipe that nobody reads would fill up.
-    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llm_stub", "--port", port]
-        + ["--parent", str(os.getpid())]
-        + ["--live"] * live,
-        env=environment.for_stub_process(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        # Its own process session, so that Jupyter's Interrupt doesn't reach it.
-        start_new_session=True,
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-    )
+    errors = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llm_stub", "--port", port]
+            + ["--parent", str(os.getpid())]
+            + ["--live"] * live,
+            env=environment.for_stub_process(live=live),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            # Its own process session, so that Jupyter's Interrupt doesn't reach it.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+    except OSError as error:
+        raise ProviderError(f"The stub could not be started: {error}") from None
     assert process.stdout is not None
     ready = process.stdout.readline()
     if ready:
-        return Provider(json.loads(ready)["url"], process, live=live)
+        return Provider(json.loads(ready)["url"], process, errors=errors, live=live)
     process.wait()
     if earlier_url:
         return _start(None, live)
-    errors.seek(0)
     raise ProviderError(
         f"The stub could not be started (exit code {process.returncode}). "
-        f"Its error output: {errors.read().strip() or 'none'}"
+        f"Its error output: {_end_of(errors) or 'none'}"
     )
+
+
+def _end_of(errors: IO[bytes] | None) -> str:
+    """The end of the error output of a stub that has stopped."""
+    if errors is None:  # not started by connect()
+        return ""
+    size = errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, size - 4 * MAX_ERROR_OUTPUT))
+    return errors.read().decode(errors="replace").strip()[-MAX_ERROR_OUTPUT:]
 
 
 def _report_when_it_ends() -> None:

@@ -1,62 +1,171 @@
 """The environment variables that OpenAI clients read, and the open-file limit."""
 
+import contextlib
+import json
 import os
+import re
+import ssl
 import sys
 import urllib.request
+from dataclasses import asdict, dataclass, field
 
 FILES_WANTED = 8192  # open files: one per connection, and macOS starts with 256
 ADDRESSES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # LangChain prefers the second
+KEY = "OPENAI_API_KEY"
 NO_KEY = "stub"  # the key for clients that require one
+NO_STUB = "http://127.0.0.1:9"  # an address without a server
+ON = ("1", "true", "yes", "on", "y", "t")
+OFF = ("", "0", "false", "no", "off", "n", "f")
 
-own_addresses: dict[str, str] = {}
-"""The ADDRESSES as they were set before `point_clients_at` replaced them."""
+# Variables that the user may have set for other programs. With them, a client can't
+# be built, can't call the stub, or calls another server.
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+PROXY = re.compile(
+    r"(https?://)?([^\s/?#@]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?/?", re.IGNORECASE
+)
+NO_PROXY_HOST = re.compile(r"[\w.*-]+(:\d+)?(/\d+)?|[\da-f:.]+", re.IGNORECASE)
+HEADERS = (KEY, "OPENAI_ORG_ID", "OPENAI_ORGANIZATION", "OPENAI_PROJECT_ID")
+UNWANTED = (
+    "OPENAI_PROXY",  # LangChain uses it for loopback, too
+    "OPENAI_API_TYPE",  # these lead to Azure
+    "AZURE_OPENAI_API_KEY",
+    "AZURE_OPENAI_AD_TOKEN",
+    "AZURE_OPENAI_ENDPOINT",
+    "LANGCHAIN_TRACING",  # LangChain refuses these two, which are obsolete
+    "LANGCHAIN_HANDLER",
+)
+UNWANTED_UNLESS_LIVE = (
+    "OPENAI_CUSTOM_HEADERS",  # can be malformed or replace the client's own headers
+    "LC_OUTPUT_VERSION",  # changes the type of LangChain's answers
+    "LANGCHAIN_OPENAI_STREAM_CHUNK_TIMEOUT_S",  # the stub can be slow on purpose
+)
+
+RECORD = "LLM_STUB_OF_PARENT"
 
 
-def live_wanted() -> bool:
-    """Whether LLM_LIVE turns live mode on."""
-    return os.environ.get("LLM_LIVE", "0") not in ("", "0")
+@dataclass
+class Record:
+    """What `connect` has done. It's in a variable, so child processes inherit it."""
+
+    url: str = ""  # where it pointed the clients, without /v1
+    live: bool = False
+    started_with: dict[str, str] | None = None  # None if connect() didn't start it
+    own: dict[str, str] = field(default_factory=dict)  # the user's ADDRESSES
+    aside: dict[str, str] = field(default_factory=dict)  # variables it removed
+
+
+def record() -> Record:
+    """What `connect` has done in this process or in its parent."""
+    with contextlib.suppress(ValueError, TypeError):
+        return Record(**json.loads(os.environ.get(RECORD, "{}")))
+    return Record()
+
+
+def switch(name: str) -> bool:
+    """Whether a variable is on; ValueError for a word that is neither on nor off."""
+    text = os.environ.get(name, "")
+    word = text.strip().lower()
+    if word in ON or word in OFF:
+        return word in ON
+    raise ValueError(
+        f"{name}={text!r} is neither on ({', '.join(ON)}) nor off "
+        f"({', '.join(OFF[1:])}). Set it to one of these words, or unset it."
+    )
+
+
+def provider_url() -> str:
+    """LLM_PROVIDER_URL without a slash at its end; empty if it isn't set."""
+    return os.environ.get("LLM_PROVIDER_URL", "").strip().rstrip("/")
 
 
 def has_key() -> bool:
     """Whether a real API key is set."""
-    return os.environ.get("OPENAI_API_KEY", "") not in ("", NO_KEY)
+    return os.environ.get(KEY, "") not in ("", NO_KEY)
 
 
-def remember_own_addresses(stub_url: str | None) -> None:
-    """Store the addresses that aren't the stub's, before they are replaced."""
-    stub = f"{stub_url}/v1" if stub_url else None
-    if any(os.environ.get(name) != stub for name in ADDRESSES):
-        found = {name: os.environ.get(name, "") for name in ADDRESSES}
-        own_addresses.clear()
-        own = {name: url for name, url in found.items() if url not in ("", stub)}
-        own_addresses.update(own)
+def unusable_headers() -> list[str]:
+    """The variables whose text can't be sent in a header."""
+    return [name for name in HEADERS if name in record().aside]
 
 
-def for_stub_process() -> dict[str, str]:
+def for_stub_process(*, live: bool) -> dict[str, str]:
     """The environment of the stub's process.
 
-    It has no API key, because clients send theirs with each call. It has the
-    user's own addresses, because live mode forwards to them.
+    It has no API key, because clients send theirs with each call. In live mode it
+    has the user's own addresses, proxies and certificates.
     """
-    hidden = {*ADDRESSES, "OPENAI_API_KEY"}
+    hidden = {*ADDRESSES, KEY, RECORD}
     environ = {name: text for name, text in os.environ.items() if name not in hidden}
-    return environ | own_addresses
+    if live:
+        environ |= record().aside | record().own
+        if "SSLKEYLOGFILE" in record().aside:  # the stub couldn't even start with it
+            del environ["SSLKEYLOGFILE"]
+    return environ
 
 
-def point_clients_at(url: str) -> None:
-    """Make OpenAI clients, LangChain and their HTTP library use the stub."""
-    environ = os.environ
+def point_clients_at(
+    url: str, *, live: bool = False, started_with: dict[str, str] | None = None
+) -> None:
+    """Make OpenAI clients, LangChain and their HTTP library use the stub.
+
+    Records the user's own addresses before they are replaced, and sets aside the
+    variables that would break clients.
+    """
+    environ, last = os.environ, record()
+    now = Record(url, live, started_with, last.own)
+    replaced = f"{last.url}/v1"
+    if any(environ.get(name) != replaced for name in ADDRESSES):  # by the user
+        found = {name: environ.get(name, "") for name in ADDRESSES}
+        now.own = {name: at for name, at in found.items() if at not in ("", replaced)}
+    back = {
+        name: text
+        for name, text in last.aside.items()
+        if environ.get(name) in (None, NO_KEY)  # the user hasn't set it since
+    }
+    for name, text in {**environ, **back}.items():
+        if _breaks_clients(name, text, live):
+            now.aside[name] = text
+            environ.pop(name, None)
+        elif name in back:
+            environ[name] = text
     for name in ADDRESSES:
         environ[name] = f"{url}/v1"
-    environ["OPENAI_API_KEY"] = environ.get("OPENAI_API_KEY") or NO_KEY
+    environ[KEY] = environ.get(KEY) or NO_KEY
     environ.setdefault("LANGSMITH_TRACING", "false")
+    environ[RECORD] = json.dumps(asdict(now))
+    _bypass_proxies()
+
+
+def _breaks_clients(name: str, text: str, live: bool) -> bool:
+    """Whether clients of the stub would fail, or call another server."""
+    if not text:
+        return False
+    if name.upper() in PROXIES:  # clients read them in any spelling
+        return not PROXY.fullmatch(text)
+    if name in HEADERS:
+        return not (text.isascii() and text.isprintable() and text == text.strip())
+    try:
+        if name == "SSL_CERT_FILE":
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(text)
+        elif name == "SSLKEYLOGFILE":
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).keylog_filename = text
+    except OSError:
+        return True
+    return name in UNWANTED or (not live and name in UNWANTED_UNLESS_LIVE)
+
+
+def _bypass_proxies() -> None:
+    """Make clients connect to loopback without a proxy."""
+    environ = os.environ
     if not urllib.request.getproxies():
         return  # with NO_PROXY set, LangChain would warn about proxies
     # If both spellings are set, clients read only the lower-case one.
     listed = environ.get("no_proxy", environ.get("NO_PROXY", ""))
-    hosts = [host.strip() for host in listed.split(",") if host.strip()]
-    if "*" not in hosts:
-        hosts += sorted({"127.0.0.1", "localhost"}.difference(hosts))
+    if listed.strip() == "*":  # no host needs a proxy
+        return
+    hosts = [host.strip() for host in listed.split(",")]
+    hosts = [host for host in hosts if NO_PROXY_HOST.fullmatch(host)]
+    hosts += sorted({"127.0.0.1", "localhost"}.difference(hosts))
     environ["NO_PROXY"] = environ["no_proxy"] = ",".join(hosts)
 
 

@@ -8,6 +8,7 @@ run
 import contextlib
 import html
 import threading
+import time
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Self
@@ -16,6 +17,7 @@ from .connection import ProviderError, current
 
 SETTLE = 0.25  # seconds that the stub may take to notice the end of a call
 REDRAW = 0.1  # seconds between two redraws of a live timeline
+REST = 20  # after a slow redraw, pause for this many times its CPU time
 COLUMNS = 48  # characters per bar in the text
 ROWS = 20  # bars in the text; the rest are left out
 
@@ -41,8 +43,8 @@ class Attempt:
 class Timeline:
     """A `with` block around calls. Afterwards it shows what the stub saw of them.
 
-    It draws itself as the last expression of a cell and, with `live=True`, ten
-    times a second while the block runs. Raises ProviderError if there is no stub
+    It draws itself as the last expression of a cell and, with `live=True`, up to
+    ten times a second while the block runs. Raises ProviderError if there is no stub
     or if its journal doesn't contain the whole run.
     """
 
@@ -127,6 +129,9 @@ class Timeline:
         self._provider = current()
         mark = self._provider.ask(f"/_provider/journal?since={10**12}")
         self._since, self._start = mark["next"], mark["now"]
+        self._changed = 0  # number of the last change that was read
+        self._known: dict[int, Attempt] = {}  # by number in the stub's journal
+        self._open: dict[int, Any] = {}  # the entries that had not ended
         if self._live:
             self._show()
         return self
@@ -152,10 +157,13 @@ class Timeline:
             return {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
 
         def redraw() -> None:
+            busy = 0.0  # this thread's CPU time for the last redraw
             with contextlib.suppress(ProviderError):  # reported when the block ends
-                while not self._ended.wait(REDRAW):
+                while not self._ended.wait(max(REDRAW, REST * busy)):
+                    start = time.thread_time()
                     self._read()
                     self._handle.update(frame(), raw=True)
+                    busy = time.thread_time() - start
 
         self._handle: Any = display(frame(), raw=True, display_id=True)
         if self._handle is None:  # a plain script
@@ -174,8 +182,8 @@ class Timeline:
         return png([self])
 
     def _read(self, settle: float = 0) -> None:
-        """Read this run's attempts so far from the journal."""
-        query = f"since={self._since}&settle={settle}"
+        """Read what is new about this run's attempts from the journal."""
+        query = f"since={self._since}&settle={settle}&changed={self._changed}"
         page = self._provider.ask(f"/_provider/journal?{query}")
         if self._provider.exit_code is not None:  # another stub has its address now
             raise ProviderError(self._provider.explain_no_answer())
@@ -185,15 +193,20 @@ class Timeline:
                 f"{self.name!r}: it was reset, or the run has more attempts than the "
                 "journal keeps. Put fewer calls into one Timeline."
             )
-        self.wall = page["now"] - self._start
-        self.journal = []
-        for entry in page["attempts"]:
-            end = min(entry["end"] or page["now"], page["now"])
+        now, self._changed = page["now"], page["changed"]
+        self._open |= {entry["number"]: entry for entry in page["attempts"]}
+        for number, entry in list(self._open.items()):
+            end = min(entry["end"] or now, now)
             moments = entry["arrival"], min(entry["first_byte"] or end, end), end
             prompt = entry["prompt"] or entry["route"]
             since_start = (moment - self._start for moment in moments)
             attempt = Attempt(prompt, entry["attempt"], entry["state"], *since_start)
-            self.journal.append(attempt)
+            self._known[number] = attempt
+            if end == entry["end"]:
+                del self._open[number]
+        self.wall = now - self._start
+        # Assigned as a whole, because the block may read it at any time.
+        self.journal = [self._known[number] for number in sorted(self._known)]
 
 
 @dataclass(frozen=True)

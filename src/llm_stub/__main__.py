@@ -6,15 +6,18 @@ import contextlib
 import gc
 import json
 import os
+import socket
 import sys
 import threading
 
 from aiohttp import web
 
 from .live import OPENAI
+from .open_files import Connections, raise_limit
 from .server import Connection, Server
 
 HOST = "127.0.0.1"  # loopback only, never 0.0.0.0
+MAX_WAITING = 4096  # connections that wait to be accepted
 PARENT_POLL = 0.5  # seconds between checks of the parent
 
 
@@ -28,10 +31,13 @@ async def serve(port: int, parent: int | None, upstream: str | None) -> int:
     await runner.setup()
     loop, manager = asyncio.get_running_loop(), runner.server
     assert manager is not None
+    connections = Connections(
+        make=lambda: Connection(manager, loop=loop),
+        count=lambda: len(manager.connections),
+        limit=raise_limit(),
+    )
     try:
-        server = await loop.create_server(
-            lambda: Connection(manager, loop=loop), HOST, port, backlog=4096
-        )
+        listening = socket.create_server((HOST, port), backlog=MAX_WAITING)
     except OSError as error:
         print(
             f"The stub can't listen on port {port}: {error.strerror}. "
@@ -39,14 +45,17 @@ async def serve(port: int, parent: int | None, upstream: str | None) -> int:
             file=sys.stderr,
         )
         return 2
-    port = server.sockets[0].getsockname()[1]
+    listening.setblocking(False)
+    port = listening.getsockname()[1]
     ready = {"url": f"http://{HOST}:{port}", "pid": os.getpid()}
     print(json.dumps(ready), flush=True)
+    accepting = asyncio.create_task(connections.accept(listening))
     if parent is None:
-        await asyncio.Event().wait()
+        await accepting
     else:
         await _wait_for_parent_exit(parent)
-    server.close()
+    accepting.cancel()
+    listening.close()
     await runner.cleanup()
     return 0
 

@@ -16,10 +16,17 @@ from aiohttp import web
 from pydantic import ConfigDict, field_validator
 
 from .api import ENDPOINTS, read_call
-from .api.errors import ApiError, Json, server_error
-from .api.requests import ApiObject, check_model, created, parse, read, request_id
-from .files import Files, page
-from .stable import digest
+from .api.errors import ApiError, Json, internal_error
+from .api.parameters import PARAMETERS
+from .api.requests import (
+    ApiObject,
+    Metadata,
+    check_model,
+    parse,
+    read,
+    unique_key,
+)
+from .files import ExpiresAfter, Files, page
 from .state import State
 
 MAX_LINES = 50_000  # requests in one batch
@@ -35,7 +42,8 @@ class Create(ApiObject):
     input_file_id: str
     endpoint: str
     completion_window: Literal["24h"]
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
+    output_expires_after: ExpiresAfter | None = None
 
     @field_validator("endpoint")
     @classmethod
@@ -61,6 +69,8 @@ class Batch:
     id: str
     request: Create
     expires_after: float
+    created_at: int = field(default_factory=lambda: int(time.time()))
+    """Seconds since 1970."""
     started: float = field(default_factory=time.monotonic)
     status: str = "validating"
     times: dict[str, int] = field(default_factory=dict)
@@ -77,11 +87,6 @@ class Batch:
     def age(self) -> float:
         """Seconds since it was created."""
         return time.monotonic() - self.started
-
-    @property
-    def created_at(self) -> int:
-        """A time in seconds since 1970 that depends only on its id."""
-        return created(digest(self.id))
 
     def enter(self, status: str) -> None:
         """Change to another status, and record the time."""
@@ -132,7 +137,7 @@ class Batches:
 
     async def create(self, request: web.Request) -> web.Response:
         """POST /v1/batches"""
-        wanted = read(Create, await request.read())
+        wanted = read(Create, await request.read(), PARAMETERS["/v1/batches"])
         file = self._files.find(wanted.input_file_id)
         if file is None or file.purpose != "batch":
             message = (
@@ -140,7 +145,7 @@ class Batches:
                 "Upload it first."
             )
             raise ApiError(400, message, "input_file_id", "invalid_value")
-        id_ = f"batch_{digest(len(self._batches), file.id)[:32]}"
+        id_ = f"batch_{unique_key()}"
         batch = Batch(id_, wanted, self._state.settings.batch_window)
         self._batches[id_] = batch
         batch.task = asyncio.create_task(self._work(batch, file.content))
@@ -149,7 +154,7 @@ class Batches:
     async def list_batches(self, request: web.Request) -> web.Response:
         """GET /v1/batches?limit=&after="""
         bodies = [batch.body() for batch in reversed(self._batches.values())]
-        return page(request, bodies, 20)
+        return page(request, bodies, default_limit=20, max_limit=100)
 
     async def get(self, request: web.Request) -> web.Response:
         """GET /v1/batches/{id}"""
@@ -210,7 +215,13 @@ class Batches:
         for kind, written in (("output", batch.outputs), ("error", batch.failures)):
             if written:
                 name = f"{batch.id}_{kind}.jsonl"
-                file = self._files.add(name, "batch_output", b"".join(written))
+                expiry = batch.request.output_expires_after
+                file = self._files.add(
+                    name,
+                    "batch_output",
+                    b"".join(written),
+                    expires_after=expiry.seconds if expiry else None,
+                )
                 batch.files[kind] = file.id
         batch.enter(end)
 
@@ -264,34 +275,31 @@ class Batches:
         try:
             call = read_call(line["url"], json.dumps(line["body"]).encode())
             check_model(call.model, settings.models)
-            body = call.body(digest(settings.seed, *call.prompts, 1))
+            body = call.body(unique_key())
             status, written = 200, batch.outputs
             batch.tokens[0] += call.prompt_tokens
             batch.tokens[1] += call.completion_tokens
         except ApiError as error:
             status, written, body = error.status, batch.failures, error.body
-        except Exception:  # one line must not stop the others
+        except Exception as error:  # one line must not stop the others
             logging.exception("line %d of %s", number + 1, batch.id)
-            problem = server_error(500)
-            status, written, body = 500, batch.failures, problem.body
-        key = digest(batch.id, number)
+            status, written, body = 500, batch.failures, internal_error(error).body
         response = {
             "status_code": status,
-            "request_id": request_id(key),
+            "request_id": f"req_{unique_key()}",
             "body": body,
         }
-        written.append(_result(key, line["custom_id"], response, None))
+        written.append(_result(line["custom_id"], response, None))
 
     def _write_unfinished(self, batch: Batch, lines: Iterable[bytes], end: str) -> None:
         """Write the requests that were not executed to the error file.
 
         Source of the codes: OpenAI's OpenAPI description, BatchRequestOutput.
         """
-        for number, raw in enumerate(lines):
+        for raw in lines:
             message = f"The batch was {end} before this request was executed."
             error = {"code": f"batch_{end}", "message": message}
-            key = digest(batch.id, end, number)
-            result = _result(key, json.loads(raw)["custom_id"], None, error)
+            result = _result(json.loads(raw)["custom_id"], None, error)
             batch.failures.append(result)
 
 
@@ -305,9 +313,9 @@ async def _in_turns(steps: Iterator[None]) -> Any:
             yield
 
 
-def _result(key: str, custom_id: str, response: Json | None, error: Any) -> bytes:
+def _result(custom_id: str, response: Json | None, error: Any) -> bytes:
     line = {
-        "id": f"batch_req_{key[:32]}",
+        "id": f"batch_req_{unique_key()}",
         "custom_id": custom_id,
         "response": response,
         "error": error,

@@ -1,5 +1,6 @@
 """The stub's own routes, under /_provider/: settings, journal, statistics."""
 
+import asyncio
 import json
 import math
 from collections.abc import Callable
@@ -7,10 +8,12 @@ from typing import TypeVar
 
 from aiohttp import web
 
+from .api.requests import encode
 from .live import Live
 from .state import State
 
 MAX_SETTLE = 3600  # seconds
+SLICE = 500  # attempts that are encoded before other requests can run
 
 Number = TypeVar("Number", int, float)
 
@@ -39,10 +42,18 @@ class Control:
         return await self.get_config(request)
 
     async def get_journal(self, request: web.Request) -> web.Response:
-        """GET /_provider/journal?since=N&settle=S: attempt N and later ones."""
+        """GET /_provider/journal?since=N&settle=S&changed=C (see `Journal.since`)."""
         since = _number(request, "since", int, math.inf)
         settle = _number(request, "settle", float, MAX_SETTLE)
-        return web.json_response(await self._state.journal.since(since, settle))
+        changed = _number(request, "changed", int, math.inf)
+        head, attempts = await self._state.journal.since(since, settle, changed)
+        slices = []
+        for start in range(0, len(attempts), SLICE):
+            bodies = [entry.body() for entry in attempts[start : start + SLICE]]
+            slices.append(encode(bodies)[1:-1])
+            await asyncio.sleep(0)  # let other requests run
+        body = b'%b,"attempts":[%b]}' % (encode(head)[:-1], b",".join(slices))
+        return web.Response(body=body, content_type="application/json")
 
     async def get_stats(self, request: web.Request) -> web.Response:
         """GET /_provider/stats: counts since the last reset."""
@@ -50,8 +61,9 @@ class Control:
         return web.json_response({**stats, "live": self._live and self._live.used})
 
     async def reset(self, request: web.Request) -> web.Response:
-        """POST /_provider/reset: empty the journal and set the counts to zero."""
+        """POST /_provider/reset: empty the journal and set all counts to zero."""
         self._state.journal.reset()
+        self._state.tries.clear()
         return web.json_response(self._state.journal.stats())
 
 

@@ -1,19 +1,26 @@
 """The faults: what goes wrong with a call, and the bytes that the client sees.
 
-| fault          | what the client sees                                        |
-|----------------|-------------------------------------------------------------|
-| `slow`         | the first byte arrives `slow` seconds late                  |
-| `error_500`    | the API's error object, when the first token would be due   |
-| `error_503`    | the same with status 503                                    |
-| `reset`        | a connection reset instead of the first byte                |
-| `hang`         | nothing, ever                                               |
-| `reset_midway` | a connection reset in the middle of the body                |
-| `truncated`    | the connection closes in the middle of the body             |
-| `malformed`    | a complete response with truncated JSON                     |
-| `wrong_type`   | an HTML page with status 200, like a proxy's error page     |
+| fault                | what the client sees                                          |
+|----------------------|---------------------------------------------------------------|
+| `slow`               | the first byte arrives `slow` seconds late                    |
+| `error_500`          | the API's error object, when the first token would be due     |
+| `error_503`          | the same with status 503                                      |
+| `insufficient_quota` | 429 at once: the account has no money left; retries don't help|
+| `reset`              | a connection reset instead of the first byte                  |
+| `hang`               | nothing, ever                                                 |
+| `reset_midway`       | a connection reset in the middle of the body                  |
+| `truncated`          | the connection closes in the middle of the body               |
+| `malformed`          | a complete response with truncated JSON                       |
+| `wrong_type`         | an HTML page with status 200, like a proxy's error page       |
+| `error_in_stream`    | a stream with status 200 that ends with an error event        |
+| `null_choices`       | a complete response with `choices: null`, as some gateways    |
+|                      | send it (`output` in a response, `data` in embeddings)        |
+| `content_filter`     | an empty text with finish_reason `content_filter`             |
 
-In a stream, `reset_midway`, `truncated` and `malformed` happen after half of the
-tokens. `wrong_type` replaces the stream.
+In a stream, `reset_midway`, `truncated`, `malformed`, `error_in_stream` and
+`null_choices` happen after half of the tokens, and the stream ends. `wrong_type`
+replaces the stream. Without a stream, `error_in_stream` is `error_500`.
+`content_filter` doesn't affect embeddings.
 """
 
 import asyncio
@@ -25,15 +32,21 @@ from typing import NoReturn
 
 from aiohttp import web
 
-from .api.errors import Json, server_error
+from .api.errors import Json, insufficient_quota, server_error
 from .settings import Fault, Settings
 
 BEFORE_FIRST_BYTE: frozenset[Fault] = frozenset(
-    {"error_500", "error_503", "reset", "hang"}
+    {"error_500", "error_503", "insufficient_quota", "reset", "hang"}
 )
-IN_STREAM: frozenset[Fault] = frozenset({"reset_midway", "truncated", "malformed"})
-IN_ANSWER: frozenset[Fault] = IN_STREAM | {"wrong_type"}
+IN_STREAM: frozenset[Fault] = frozenset(
+    {"reset_midway", "truncated", "malformed", "error_in_stream", "null_choices"}
+)
+IN_ANSWER: frozenset[Fault] = frozenset(
+    {"reset_midway", "truncated", "malformed", "null_choices", "wrong_type"}
+)
 
+# The part of a body or event that holds the answer: the first of these in it.
+NULLED = "choices output data delta text arguments part item response".split()
 PAGE = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
 
 
@@ -41,9 +54,16 @@ class ConnectionBrokenError(ConnectionResetError):
     """The stub itself broke the connection, for example to cause a fault."""
 
 
-def extra_wait(fault: Fault | None, settings: Settings) -> float:
-    """Seconds that a fault adds before the first token."""
-    return settings.slow if fault == "slow" else 0
+def applied(fault: Fault | None, *, stream: bool) -> Fault | None:
+    """The fault as it applies to a call with or without a stream."""
+    return "error_500" if fault == "error_in_stream" and not stream else fault
+
+
+def wait_before(fault: Fault | None, first_token: float, settings: Settings) -> float:
+    """Seconds until the first byte, where there would be `first_token` without it."""
+    if fault == "insufficient_quota":
+        return 0
+    return first_token + (settings.slow if fault == "slow" else 0)
 
 
 async def instead_of_answer(request: web.Request, fault: Fault) -> NoReturn:
@@ -56,6 +76,8 @@ async def instead_of_answer(request: web.Request, fault: Fault) -> NoReturn:
     if fault == "reset":
         reset(request)
         raise ConnectionBrokenError(fault)
+    if fault == "insufficient_quota":
+        raise insufficient_quota()
     raise server_error(503 if fault == "error_503" else 500)
 
 
@@ -68,6 +90,8 @@ async def spoiled_answer(
     """
     if fault == "wrong_type":
         return web.Response(body=PAGE, content_type="text/html")
+    if fault == "null_choices":
+        return web.json_response(_nulled(body))
     raw = json.dumps(body).encode()
     half = raw[: len(raw) // 2]
     if fault == "malformed":
@@ -86,10 +110,16 @@ async def spoiled_stream(
 
     Raises ConnectionBrokenError if the fault breaks the connection.
     """
+    if fault in ("reset_midway", "truncated"):
+        _break_connection(request, fault)
+    head, _, data = event.partition(b"data: ")
     if fault == "malformed":
         await response.write(event[: len(event) // 2] + b"\n\n")
-        return
-    _break_connection(request, fault)
+    elif fault == "null_choices":
+        nulled = json.dumps(_nulled(json.loads(data))).encode()
+        await response.write(b"%bdata: %b\n\n" % (head, nulled))
+    else:
+        await response.write(_error_event(json.loads(data)))
 
 
 def reset(request: web.Request) -> None:
@@ -110,3 +140,24 @@ def _break_connection(request: web.Request, fault: Fault) -> NoReturn:
     elif request.transport:
         request.transport.close()
     raise ConnectionBrokenError(fault)
+
+
+def _nulled(body: Json) -> Json:
+    """The body without its answer."""
+    name = next(name for name in NULLED if name in body)
+    return {**body, name: None}
+
+
+def _error_event(event: Json) -> bytes:
+    """The event that reports an error, instead of this one."""
+    error = server_error(500).body["error"]
+    if "sequence_number" not in event:
+        return b"data: %b\n\n" % json.dumps({"error": error}).encode()
+    body = {
+        "type": "error",
+        "sequence_number": event["sequence_number"],
+        "code": error["type"],
+        "message": error["message"],
+        "param": None,
+    }
+    return b"event: error\ndata: %b\n\n" % json.dumps(body).encode()

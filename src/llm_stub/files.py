@@ -3,18 +3,38 @@
 Source: OpenAI's API reference, the page Files.
 """
 
+import json
+import time
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from aiohttp import BodyPartReader, web
 from aiohttp.http import HttpProcessingError
+from pydantic import ConfigDict, Field
 
 from .api.errors import ApiError, Json, missing_parameter
-from .api.requests import created
-from .stable import digest
+from .api.parameters import PARAMETERS
+from .api.requests import ApiObject, read, unique_key
 
 MAX_FILE_BYTES = 200 * 2**20
 MAX_TOTAL_BYTES = 2**30  # of all files together
-PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
+DAY = 86_400  # seconds
+
+
+class ExpiresAfter(ApiObject):
+    """When a file expires. The stub reports it, but keeps the file until it stops."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=30 * DAY)]
+
+
+class Upload(ApiObject):
+    """The fields of an upload besides the file."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"]
+    expires_after: ExpiresAfter | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,9 @@ class File:
     name: str
     purpose: str
     content: bytes
+    created_at: int
+    """Seconds since 1970."""
+    expires_at: int | None = None
 
     def body(self) -> Json:
         """The API's file object."""
@@ -32,12 +55,12 @@ class File:
             "id": self.id,
             "object": "file",
             "bytes": len(self.content),
-            "created_at": created(digest(self.id)),
+            "created_at": self.created_at,
             "filename": self.name,
             "purpose": self.purpose,
             "status": "processed",
             "status_details": None,
-            "expires_at": None,
+            "expires_at": self.expires_at,
         }
 
 
@@ -46,7 +69,6 @@ class Files:
 
     def __init__(self) -> None:
         self._files: dict[str, File] = {}
-        self._made = 0
 
     async def upload(self, request: web.Request) -> web.Response:
         """POST /v1/files, multipart/form-data with `file` and `purpose`."""
@@ -55,18 +77,18 @@ class Files:
                 f"The body must be multipart/form-data, not {request.content_type}."
             )
             raise ApiError(400, message)
-        purpose, name, content = "", None, bytearray()
+        name, content, fields = None, bytearray(), dict[str, str]()
         try:
             async for part in await request.multipart():
                 if not isinstance(part, BodyPartReader):
                     raise ValueError("it contains a nested form, which isn't supported")
-                if part.name == "purpose":
-                    purpose = await part.text()
-                elif part.name == "file":
-                    name = part.filename or "file"
-                    while chunk := await part.read_chunk(2**20):
-                        content += chunk
-                        self._check_size(len(content))
+                if part.name != "file":
+                    fields[str(part.name)] = await part.text()
+                    continue
+                name = part.filename or "file"
+                while chunk := await part.read_chunk(2**20):
+                    content += chunk
+                    self._check_size(len(content))
         except (
             *(ValueError, AssertionError, LookupError, RuntimeError),
             HttpProcessingError,  # in the headers of a part
@@ -74,18 +96,22 @@ class Files:
             raise ApiError(400, f"The form could not be read: {error}") from None
         if name is None:
             raise missing_parameter("file")
-        if not purpose:
-            raise missing_parameter("purpose")
-        if purpose not in PURPOSES:
-            message = f"The purpose '{purpose}' is not one of {', '.join(PURPOSES)}."
-            raise ApiError(400, message, "purpose", "invalid_value")
-        return web.json_response(self.add(name, purpose, bytes(content)).body())
+        form = _read_form(fields)
+        expiry = form.expires_after
+        seconds = expiry.seconds if expiry else None
+        file = self.add(name, form.purpose, bytes(content), expires_after=seconds)
+        return web.json_response(file.body())
 
-    def add(self, name: str, purpose: str, content: bytes) -> File:
-        """Store a file. Its id depends on its content and how many came earlier."""
-        self._made += 1
-        id_ = f"file-{digest(self._made, name, purpose, digest(content))[:24]}"
-        self._files[id_] = File(id_, name, purpose, content)
+    def add(
+        self, name: str, purpose: str, content: bytes, expires_after: int | None = None
+    ) -> File:
+        """Store a file. It is kept until the stub stops, even once it has expired."""
+        if expires_after is None and purpose == "batch":
+            expires_after = 30 * DAY
+        now = int(time.time())
+        expires_at = None if expires_after is None else now + expires_after
+        id_ = f"file-{unique_key()[:24]}"
+        self._files[id_] = File(id_, name, purpose, content, now, expires_at)
         return self._files[id_]
 
     async def list_files(self, request: web.Request) -> web.Response:
@@ -96,9 +122,14 @@ class Files:
             for file in self._files.values()
             if purpose is None or file.purpose == purpose
         ]
-        if request.query.get("order", "desc") == "desc":
+        order = request.query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            message = f"Invalid value for 'order': '{order}' isn't 'asc' or 'desc'."
+            raise ApiError(400, message, "order", "invalid_value")
+        if order == "desc":
             files.reverse()
-        return page(request, [file.body() for file in files], 10_000)
+        bodies = [file.body() for file in files]
+        return page(request, bodies, default_limit=10_000, max_limit=10_000)
 
     async def get(self, request: web.Request) -> web.Response:
         """GET /v1/files/{id}"""
@@ -138,16 +169,33 @@ class Files:
             raise ApiError(413, message)
 
 
-def page(request: web.Request, bodies: list[Json], default_limit: int) -> web.Response:
+def _read_form(fields: dict[str, str]) -> Upload:
+    """The fields of a form, in which `a[b]` is the field b of the object a."""
+    body: dict[str, Any] = {}
+    for name, text in fields.items():
+        outer, _, inner = name.partition("[")
+        if inner:
+            value = int(text) if text.isdecimal() and len(text) < 10 else text
+            before = body.get(outer)
+            others = before if isinstance(before, dict) else {}
+            body[outer] = {**others, inner.removesuffix("]"): value}
+        else:
+            body[outer] = text
+    return read(Upload, json.dumps(body).encode(), PARAMETERS["/v1/files"])
+
+
+def page(
+    request: web.Request, bodies: list[Json], *, default_limit: int, max_limit: int
+) -> web.Response:
     """One page of a list, chosen by `limit` and `after` in the query."""
     try:
         limit = int(request.query.get("limit", default_limit))
     except ValueError:
         limit = 0
-    if limit < 1:
+    if not 1 <= limit <= max_limit:
         message = (
-            f"Invalid value for 'limit': '{request.query['limit']}' isn't a positive "
-            "whole number."
+            f"Invalid value for 'limit': '{request.query['limit']}' isn't a whole "
+            f"number from 1 to {max_limit}."
         )
         raise ApiError(400, message, "limit", "invalid_value")
     ids = [body["id"] for body in bodies]

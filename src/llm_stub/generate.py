@@ -37,13 +37,16 @@ async def generate(
     entry: Attempt,
     call: Call,
     plan: Plan,
+    key: str,
     capacity: Capacity,
     now: Callable[[], float],
 ) -> web.StreamResponse:
-    """Answer the call when it gets a slot.
+    """Answer the call when it gets a slot; its ids are made from the key.
 
     Raises ApiError or ConnectionBrokenError if the plan contains such a fault.
     """
+    if plan.fault == "content_filter" and isinstance(call, Generation):
+        call = call.filtered()
     queued = await capacity.enter()
     turn = Turn(now() if queued else entry.arrival, now)
     try:
@@ -51,10 +54,10 @@ async def generate(
             await turn.until(plan.pace.first_token)
             await faults.instead_of_answer(request, plan.fault)
         if isinstance(call, Generation) and call.streams and plan.fault != "wrong_type":
-            return await _stream(request, entry, call, plan, turn)
+            return await _stream(request, entry, call, plan, key, turn)
         await turn.until(plan.pace.duration(call.longest_answer))
         entry.completion_tokens = call.completion_tokens
-        body = call.body(plan.key)
+        body = call.body(key)
         if plan.fault in faults.IN_ANSWER:
             return await faults.spoiled_answer(request, body, plan.fault)
         return web.Response(body=encode(body), content_type="application/json")
@@ -63,7 +66,12 @@ async def generate(
 
 
 async def _stream(
-    request: web.Request, entry: Attempt, call: Generation, plan: Plan, turn: Turn
+    request: web.Request,
+    entry: Attempt,
+    call: Generation,
+    plan: Plan,
+    key: str,
+    turn: Turn,
 ) -> web.StreamResponse:
     """Send the answer token by token."""
     response = web.StreamResponse(
@@ -72,7 +80,7 @@ async def _stream(
             "cache-control": "no-cache",
         }
     )
-    first, *groups, last = call.events(plan.key)
+    first, *groups, last = call.events(key)
     end = len(groups)
     if plan.fault in faults.IN_STREAM and groups:
         end = max(1, end // 2)

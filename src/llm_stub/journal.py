@@ -1,7 +1,6 @@
 """The journal: one entry for each HTTP attempt, on one clock."""
 
 import asyncio
-import dataclasses
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import Any
 
 PROMPT_PREVIEW = 80  # characters of each prompt that the journal keeps
 MAX_ATTEMPTS = 20_000  # that the journal keeps; older ones are dropped
+# Faults after which the client still has a complete, well-formed answer.
+HARMLESS_FAULTS = frozenset({"slow", "content_filter"})
 
 
 @dataclass(slots=True)
@@ -16,6 +17,7 @@ class Attempt:
     """One HTTP request; times are seconds since the stub started."""
 
     number: int
+    """Position in the journal, from 0; never used twice."""
     route: str
     attempt: int
     """1 for a first try; 2, 3, … for the client's own retries."""
@@ -34,11 +36,14 @@ class Attempt:
     completion_tokens: int = 0
     fault: str = ""
     """The fault that the stub caused, or `upstream` if the upstream failed."""
+    changed: int = 0
+    """Number of this attempt's latest change; all changes are counted together."""
 
-    def describe(self, model: str, prompt: str, stream: bool) -> None:
-        """Record what the request asks for, once it has been read."""
-        self.model, self.prompt = model[:PROMPT_PREVIEW], prompt[:PROMPT_PREVIEW]
-        self.stream = stream
+    def body(self) -> dict[str, Any]:
+        """The attempt as a JSON object."""
+        return {name: getattr(self, name) for name in self.__slots__} | {
+            "state": self.state
+        }
 
     @property
     def state(self) -> str:
@@ -47,7 +52,7 @@ class Attempt:
             return "in flight"
         if self.disconnected:
             return "cancelled"
-        spoiled = self.fault and self.fault != "slow"
+        spoiled = self.fault and self.fault not in HARMLESS_FAULTS
         return "failed" if spoiled or (self.status or 500) >= 400 else "answered"
 
 
@@ -57,7 +62,7 @@ class Journal:
     def __init__(self, kept: int = MAX_ATTEMPTS) -> None:
         self._start = time.perf_counter()
         self._attempts: deque[Attempt] = deque(maxlen=kept)
-        self._next = self._in_flight = 0
+        self._next = self._in_flight = self._changes = 0
         self.reset()
 
     def now(self) -> float:
@@ -82,18 +87,27 @@ class Journal:
         entry = Attempt(self._next, route, attempt, self.now())
         self._next += 1
         self._attempts.append(entry)
+        self._change(entry)
         self._sums["requests"] += 1
         self._in_flight += 1
         self._peak = max(self._peak, self._in_flight)
         return entry
 
+    def describe(self, entry: Attempt, model: str, prompt: str, stream: bool) -> None:
+        """Record what the request asks for, once it has been read."""
+        entry.model, entry.prompt = model[:PROMPT_PREVIEW], prompt[:PROMPT_PREVIEW]
+        entry.stream = stream
+        self._change(entry)
+
     def first_byte(self, entry: Attempt, status: int) -> None:
         """Record that the response is starting."""
         entry.first_byte, entry.status = self.now(), status
+        self._change(entry)
 
     def end(self, entry: Attempt, *, disconnected: bool = False) -> None:
         """Record that the response is complete, or that the client has hung up."""
         entry.end, entry.disconnected = self.now(), disconnected
+        self._change(entry)
         self._in_flight -= 1
         self._statuses[
             "disconnected" if disconnected else str(entry.status or entry.fault)
@@ -101,25 +115,27 @@ class Journal:
         self._sums["prompt_tokens"] += entry.prompt_tokens
         self._sums["completion_tokens"] += entry.completion_tokens
 
-    async def since(self, number: int, settle: float = 0) -> dict[str, Any]:
-        """The attempts with this number or a later one, as JSON.
+    async def since(
+        self, number: int, settle: float = 0, changed: int = 0
+    ) -> tuple[dict[str, float], list[Attempt]]:
+        """The attempts with this number or a later one that changed after `changed`.
 
         Waits up to `settle` seconds for those in flight to end, because a client
-        may finish or hang up a moment before this process notices.
-        `dropped` is how many of the requested attempts are no longer kept.
+        may finish or hang up a moment before this process notices. `dropped` is how
+        many attempts with such a number are no longer kept. To read only what is
+        new, pass the returned `changed` the next time.
         """
         now, until = self.now(), self._next
-        found = [entry for entry in self._attempts if number <= entry.number < until]
-        while any(entry.end is None for entry in found) and self.now() < now + settle:
+        kept = [entry for entry in self._attempts if number <= entry.number < until]
+        while any(entry.end is None for entry in kept) and self.now() < now + settle:
             await asyncio.sleep(0.01)
-        return {
+        head = {
             "now": now,
             "next": until,
-            "dropped": max(until - number, 0) - len(found),
-            "attempts": [
-                {**dataclasses.asdict(entry), "state": entry.state} for entry in found
-            ],
+            "changed": self._changes,
+            "dropped": max(until - number, 0) - len(kept),
         }
+        return head, [entry for entry in kept if entry.changed > changed]
 
     def stats(self) -> dict[str, Any]:
         """Counts since the last reset."""
@@ -129,3 +145,7 @@ class Journal:
             "peak_in_flight": self._peak,
             "statuses": dict(self._statuses),
         }
+
+    def _change(self, entry: Attempt) -> None:
+        self._changes += 1
+        entry.changed = self._changes

@@ -6,7 +6,7 @@ Source: OpenAI's guide *Rate limits*, section *Rate limits in headers*.
 import math
 from dataclasses import dataclass
 
-from .settings import Settings
+from .settings import MAX_PER_MINUTE, Settings
 
 ROUNDING = 1e-6  # requests or tokens: tolerance for adding up floats
 
@@ -43,6 +43,19 @@ class Bucket:
         }
 
 
+# Clients size their concurrency by these headers, so they are also sent for a limit
+# that isn't set.
+UNLIMITED = {
+    f"x-ratelimit-{field}-{name}": value
+    for name in ("requests", "tokens")
+    for field, value in (
+        ("limit", f"{MAX_PER_MINUTE:.0f}"),
+        ("remaining", f"{MAX_PER_MINUTE:.0f}"),
+        ("reset", "0s"),
+    )
+}
+
+
 @dataclass(frozen=True)
 class Rejection:
     """Why a call was not admitted."""
@@ -54,7 +67,11 @@ class Rejection:
 
 
 class Limits:
-    """Requests and tokens per minute. A rejected call uses up neither."""
+    """Requests and tokens per minute. A rejected call uses up neither.
+
+    `remaining` and `reset` in the headers describe what can be used at once: with
+    a limit of 600 per minute and a burst of 10 seconds, `remaining` is at most 100.
+    """
 
     def __init__(self) -> None:
         self._buckets: list[Bucket] = []
@@ -92,8 +109,8 @@ class Limits:
         return None
 
     def headers(self) -> dict[str, str]:
-        """The x-ratelimit headers, as of the last call to `admit`."""
-        found: dict[str, str] = {}
+        """The six x-ratelimit headers, as of the last call to `admit`."""
+        found = UNLIMITED.copy()
         for bucket in self._buckets:
             found |= bucket.headers()
         return found

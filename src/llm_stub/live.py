@@ -1,40 +1,44 @@
 """Live mode: forward calls to a real endpoint, the upstream, up to a cap.
 
-Keys pass through in the client's own header. They are never stored, logged or
-shown.
+A call that names no token limit is sent with one (see `caps`), and its response says
+so in the header `x-live-max-tokens`. Keys pass through in the client's own header.
+They are never stored, logged or shown.
 """
 
-import json
-import re
+import asyncio
+from types import SimpleNamespace
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 from aiohttp import (
     BasicAuth,
     ClientConnectorError,
-    ClientError,
     ClientPayloadError,
     ClientResponse,
     ClientSession,
     ClientTimeout,
     ConnectionTimeoutError,
-    InvalidURL,
+    InvalidUrlClientError,
     NonHttpUrlClientError,
+    TCPConnector,
+    TraceConfig,
+    TraceRequestChunkSentParams,
     web,
 )
 from multidict import CIMultiDict
+from pydantic_core import from_json
 from yarl import URL
 
-from .answers import tokens
 from .api import ENDPOINTS
 from .api.errors import ApiError, Json
 from .api.requests import Generation
+from .caps import Caps, Reservation, usage
 from .faults import ConnectionBrokenError
 from .journal import Attempt
 from .state import State
 
 OPENAI = "https://api.openai.com/v1"
 TIMEOUT = ClientTimeout(total=None, sock_connect=10, sock_read=600)  # seconds
-DEFAULT_RESERVE = 500  # answer tokens reserved for a call that sets no limit
 TAIL_BYTES = 4096  # at the end of an answer, where its usage is
 DONE = b"data: [DONE]\n\n"  # the last event of a completion's stream
 # Headers of one connection rather than of the message (RFC 9110, 7.6.1).
@@ -46,10 +50,6 @@ HOP_BY_HOP = frozenset(
 )
 
 
-class UnreachedError(ApiError):
-    """Nothing was sent, because there is no connection to the upstream."""
-
-
 class RelayedResponse(web.StreamResponse):
     """A response of the upstream, passed on with its own headers."""
 
@@ -58,23 +58,27 @@ class Live:
     """Forwards calls, counts what they use, and refuses calls over a cap."""
 
     def __init__(self, upstream: str, model: str | None, state: State) -> None:
-        url = URL(upstream.rstrip("/"))
+        try:
+            url = URL(upstream.rstrip("/"))
+        except ValueError:  # each call then fails with the reason
+            url = URL()
+        self._address = upstream
         self._login = BasicAuth.from_url(url, encoding="utf-8")
         self.upstream = url.with_user(None) if url.absolute else url
         self.model = model
-        self.calls = self.tokens = 0
+        self._caps = Caps(self.where)
         self._state = state
         self._session: ClientSession | None = None
 
     @property
     def used(self) -> dict[str, int]:
         """Calls and tokens counted so far."""
-        return {"calls": self.calls, "tokens": self.tokens}
+        return {"calls": self._caps.calls, "tokens": self._caps.tokens}
 
     @property
     def where(self) -> str:
         """The upstream's host, for messages: never its user name or password."""
-        return self.upstream.host or str(self.upstream).rpartition("@")[2]
+        return self.upstream.host or self._address.rpartition("@")[2]
 
     async def close(self, app: web.Application | None = None) -> None:
         """Close the connections."""
@@ -97,51 +101,47 @@ class Live:
         """
         if ".." in request.path.split("/"):  # it could reach any route
             raise self.not_forwarded(request)
-        answer = await self.send(request, await request.read())
-        return await self.relay(request, entry, answer)
+        free = Reservation(body=await request.read())
+        answer = await self.send(request, free)
+        return await self.relay(request, entry, answer, free)
 
     async def call(self, request: web.Request, entry: Attempt) -> web.StreamResponse:
         """Forward a call, and count what it uses.
 
-        Raises ApiError 403 at the cap, before anything is sent, and 502 or 504
-        if the upstream doesn't answer.
+        Before anything is sent, raises ApiError 400 if the body is invalid, and 403
+        at the cap or if the call's tokens can't be bounded. Raises ApiError 502 or
+        504 if the upstream doesn't answer.
         """
-        raw, body = self.with_model(await request.read())
-        entry.describe(
-            str(body.get("model", "")), last_prompt(body), bool(body.get("stream"))
-        )
-        generates = issubclass(ENDPOINTS[request.path], Generation)
-        reserved_prompt, reserved_answer = reserve(body, generates=generates)
-        reserved = reserved_prompt + reserved_answer
-        self.check_cap(reserved)
-        self.calls += 1
-        self.tokens += reserved
+        body = read_object(await request.read())
+        if self.model and issubclass(ENDPOINTS[request.path], Generation):
+            body["model"] = self.model
+        model, streams = str(body.get("model", "")), bool(body.get("stream"))
+        self._state.journal.describe(entry, model, last_prompt(body), streams)
+        settings = self._state.settings
+        reserved = self._caps.reserve(request.path, body, settings)
+        self._caps.take(reserved, settings)
         try:
-            answer = await self.send(request, raw)
-        except UnreachedError:
-            self.calls -= 1
-            self.tokens -= reserved
+            answer = await self.send(request, reserved)
+        except BaseException:
+            if not reserved.sent:
+                self._caps.give_back(reserved)
             raise
-        response = await self.relay(request, entry, answer)
-        # A broken answer stays counted in full, because it may be charged.
-        if answer.status >= 400:
-            used = 0
-        elif entry.prompt_tokens:
-            used = entry.prompt_tokens + entry.completion_tokens
-        elif entry.stream:  # no usage given: count the events of the stream
-            entry.prompt_tokens = reserved_prompt
-            used = reserved_prompt + entry.completion_tokens
-        else:  # no usage given: keep the estimate
-            used = reserved
-        self.tokens += used - reserved
+        response = await self.relay(request, entry, answer, reserved)
+        self._caps.settle(reserved, entry, answer.status)
         return response
 
     async def relay(
-        self, request: web.Request, entry: Attempt, answer: ClientResponse
+        self,
+        request: web.Request,
+        entry: Attempt,
+        answer: ClientResponse,
+        reserved: Reservation,
     ) -> web.StreamResponse:
         """Pass the answer on, chunk by chunk, and record its usage."""
         response = RelayedResponse(status=answer.status, reason=answer.reason)
         response.headers.extend(_passed(answer.headers))
+        if reserved.limit_set:
+            response.headers["x-live-max-tokens"] = str(reserved.limit_set)
         response.content_length = answer.content_length
         tail, events = b"", 0
         try:
@@ -166,65 +166,49 @@ class Live:
             entry.completion_tokens = events
         return response
 
-    def check_cap(self, reserved: int) -> None:
-        """Raise ApiError 403 if another call would exceed a cap."""
-        settings = self._state.settings
-        for name, cap, used, more in (
-            ("max_calls", settings.max_calls, self.calls, 1),
-            ("max_tokens", settings.max_tokens, self.tokens, reserved),
-        ):
-            if used + more > cap:
-                message = (
-                    f"Not sent: this call could exceed live mode's cap {name}={cap} "
-                    f"({used} used so far, and up to {more} for this call). To raise "
-                    f"the cap, run connect(live=True, {name}=…)."
-                )
-                raise ApiError(403, message, name, "live_cap", kind="live_cap")
+    async def send(self, request: web.Request, reserved: Reservation) -> ClientResponse:
+        """Send the request to the upstream, and record in `reserved` that it is sent.
 
-    def with_model(self, raw: bytes) -> tuple[bytes, Json]:
-        """The body, with the model from LLM_MODEL if that is set.
-
-        Raises ApiError 400 if the body isn't a JSON object.
+        Raises ApiError 502 or 504 if the upstream doesn't answer.
         """
-        try:
-            body = json.loads(raw)
-            if not isinstance(body, dict):
-                raise ValueError
-        except (ValueError, RecursionError):
-            raise ApiError(
-                400, "The body could not be parsed: it isn't a JSON object."
-            ) from None
-        if not self.model:
-            return raw, body
-        body["model"] = self.model
-        return json.dumps(body).encode(), body
-
-    async def send(self, request: web.Request, raw: bytes) -> ClientResponse:
-        """Send the request to the upstream; raises ApiError 502 or 504 on failure."""
         if self._session is None:
+            trace = TraceConfig()
+            trace.on_request_chunk_sent.append(_record_sent)
             self._session = ClientSession(
-                timeout=TIMEOUT, trust_env=True, auto_decompress=False
+                connector=TCPConnector(limit=0),  # the client decides how many
+                timeout=TIMEOUT,
+                auto_decompress=False,
+                trace_configs=[trace],
             )
         headers = _passed(request.headers)
         headers["accept-encoding"] = "identity"  # otherwise we can't read its usage
+        headers.popall("content-encoding", None)  # the body is decompressed by now
         if self._login:
             headers["authorization"] = self._login.encode()
         path = request.rel_url.raw_path.removeprefix("/v1/")
         url = self.upstream.joinpath(path, encoded=True).with_query(request.query)
-        body, session = raw or None, self._session
+        proxy = await asyncio.to_thread(proxy_for, url)
+        if proxy and not proxy.lower().startswith(("http://", "https://")):
+            raise self._unreached(502, "its proxy isn't an http:// address")
         try:
-            answer = await session.request(
-                request.method, url, data=body, headers=headers, allow_redirects=False
+            answer = await self._session.request(
+                request.method,
+                url,
+                data=reserved.body or None,
+                headers=headers,
+                allow_redirects=False,
+                proxy=proxy,
+                trace_request_ctx=reserved,
             )
         except ConnectionTimeoutError:
-            raise self._unreached(504, "connection timed out", UnreachedError) from None
-        except (InvalidURL, NonHttpUrlClientError):
-            raise self._unreached(502, "not a valid address", UnreachedError) from None
+            raise self._unreached(504, "connection timed out") from None
+        except (InvalidUrlClientError, NonHttpUrlClientError):
+            raise self._unreached(502, "not a valid address") from None
         except TimeoutError:
             raise self._unreached(504, "did not answer in time") from None
         except ClientConnectorError as error:
-            raise self._unreached(502, str(error.os_error), UnreachedError) from None
-        except ClientError as error:
+            raise self._unreached(502, str(error.os_error)) from None
+        except Exception as error:  # its text could contain the key
             raise self._unreached(502, type(error).__name__) from None
         if "location" in answer.headers:  # a client would follow it and bypass the cap
             answer.close()
@@ -236,14 +220,46 @@ class Live:
             raise ApiError(502, message, code="upstream", kind="server_error")
         return answer
 
-    def _unreached(
-        self, status: int, why: str, kind: type[ApiError] = ApiError
-    ) -> ApiError:
+    def _unreached(self, status: int, why: str) -> ApiError:
         message = (
             f"The upstream {self.where} can't be reached or didn't answer ({why}). "
             "Is it running, and is OPENAI_BASE_URL right?"
         )
-        return kind(status, message, code="upstream", kind="server_error")
+        return ApiError(status, message, code="upstream", kind="server_error")
+
+
+def proxy_for(url: URL) -> str | None:
+    """The proxy for an address, from HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
+
+    aiohttp's own `trust_env` would also read .netrc, and a login from there can't be
+    combined with the client's key.
+    """
+    if url.host is None or proxy_bypass(url.host):
+        return None
+    proxy = getproxies().get(url.scheme)
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+
+
+async def _record_sent(
+    session: ClientSession, context: SimpleNamespace, part: TraceRequestChunkSentParams
+) -> None:
+    """Record that the first part of a body is about to be sent, with its headers.
+
+    `on_request_headers_sent` would be too early: headers are checked after it.
+    """
+    context.trace_request_ctx.sent = True
+
+
+def read_object(raw: bytes) -> Json:
+    """Read a JSON object; raises ApiError 400 if it isn't one."""
+    try:
+        body = from_json(raw)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        message = "The body could not be parsed: it isn't a JSON object."
+        raise ApiError(400, message)
+    return body
 
 
 def last_prompt(body: Json) -> str:
@@ -254,50 +270,6 @@ def last_prompt(body: Json) -> str:
         if isinstance(text, dict):
             text = text.get("content", text.get("text", ""))
     return text if isinstance(text, str) else ""
-
-
-def reserve(body: Json, *, generates: bool) -> tuple[int, int]:
-    """Estimate a call's prompt tokens and the most tokens its answer can have."""
-    names = ("prompt", "input", "messages", "instructions")
-    prompt_tokens = _size([body.get(name) for name in names])
-    if not generates:
-        return prompt_tokens, 0
-    limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-    limit = next(
-        (body[name] for name in limits if _is_count(body.get(name))), DEFAULT_RESERVE
-    )
-    counts = [body[name] for name in ("n", "best_of") if _is_count(body.get(name))]
-    times = max(counts, default=1)
-    prompts = body.get("prompt")
-    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
-        times *= len(prompts)
-    return prompt_tokens, int(limit) * int(times)
-
-
-def usage(tail: bytes) -> tuple[int, int]:
-    """Prompt and answer tokens, read from the end of an answer; (0, 0) if absent."""
-    text = tail.decode(errors="replace")
-
-    def last(*names: str) -> int:
-        found = re.findall(rf'"(?:{"|".join(names)})":\s*(\d+)', text)
-        return int(found[-1]) if found else 0
-
-    prompt_tokens = last("prompt_tokens", "input_tokens")
-    return prompt_tokens, max(0, last("total_tokens") - prompt_tokens)
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, str):
-        return len(tokens(value))
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return sum(map(_size, value))
-    return int(isinstance(value, int))  # a prompt may consist of token ids
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _passed(headers: Any) -> CIMultiDict[str]:

@@ -1,4 +1,4 @@
-"""What will happen to a call: its latency, its fault, and the key for its ids.
+"""What will happen to a call: its latency and its fault.
 
 A plan is a pure function of (settings, prompt, attempt): the same in every run.
 """
@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from .api.requests import Call
-from .faults import extra_wait
+from .faults import applied, wait_before
 from .settings import Fault, Settings
 from .stable import digest, normal, unit
 
@@ -41,8 +41,6 @@ class Plan(NamedTuple):
 
     pace: Pace
     fault: Fault | None
-    key: str
-    """Hexadecimal digits; all ids in the answer are made from them."""
 
 
 class Tries:
@@ -76,11 +74,11 @@ def plan(settings: Settings, call: Call, attempt: int, tries: int) -> Plan:
     all requests for this prompt (see Tries).
     """
     fault = choose_fault(settings, call.questions[0], tries)
+    fault = applied(fault, stream=call.streams)
     # Several prompts in one request are answered in parallel.
     pace = max(choose_pace(settings, text, attempt, tries) for text in call.prompts)
-    first_token = pace.first_token + extra_wait(fault, settings)
-    key = digest(settings.seed, *call.prompts, attempt)
-    return Plan(Pace(first_token, pace.per_token), fault, key)
+    first_token = wait_before(fault, pace.first_token, settings)
+    return Plan(Pace(first_token, pace.per_token), fault)
 
 
 def choose_pace(settings: Settings, prompt: str, attempt: int, tries: int = 1) -> Pace:

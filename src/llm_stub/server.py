@@ -12,7 +12,7 @@ from aiohttp import web
 
 from .api import ENDPOINTS, errors, read_call
 from .api.errors import ApiError
-from .api.requests import check_model, model_object, request_id
+from .api.requests import check_model, model_object, unique_key
 from .batches import Batches
 from .control import Control
 from .faults import ConnectionBrokenError
@@ -21,8 +21,8 @@ from .generate import generate
 from .journal import Attempt
 from .live import Live, RelayedResponse
 from .plan import plan
-from .stable import digest
 from .state import State
+from .trusted_host import why_untrusted
 
 CONTROL = "/_provider/"
 MAX_BODY_BYTES = 32 * 2**20  # of any request except a file upload
@@ -108,6 +108,9 @@ class Server:
         self, request: web.Request, handler: Handler
     ) -> web.StreamResponse:
         """Record an API request and the end of its response in the journal."""
+        reason = why_untrusted(request.headers)
+        if reason:
+            return _forbidden(request, reason)
         if request.path.startswith(CONTROL):
             return await self._control(request, handler)
         journal = self._state.journal
@@ -136,9 +139,7 @@ class Server:
         self._state.journal.first_byte(entry, response.status)
         if isinstance(response, RelayedResponse):
             return
-        if not entry.request_id:  # the request failed before we could read it
-            key = digest(self._state.settings.seed, entry.route, entry.attempt)
-            entry.request_id = request_id(key)
+        entry.request_id = f"req_{unique_key()}"
         elapsed = self._state.journal.now() - entry.arrival
         response.headers["x-request-id"] = entry.request_id
         response.headers["openai-processing-ms"] = str(round(elapsed * 1000))
@@ -177,7 +178,9 @@ class Server:
             case web.HTTPNotFound() | web.HTTPMethodNotAllowed() if self._live:
                 return self._live.not_forwarded(request)
             case web.HTTPNotFound():
-                return errors.route_not_found(request.method, request.path)
+                return errors.route_not_found(
+                    request.method, request.path, _api_routes(request.app)
+                )
             case web.HTTPMethodNotAllowed():
                 return errors.method_not_allowed(
                     request.method, request.path, error.allowed_methods
@@ -187,11 +190,7 @@ class Server:
             case web.RequestPayloadError():
                 return ApiError(400, "The body could not be read.")
         logging.error("%s %s", request.method, request.path, exc_info=error)
-        return ApiError(
-            500,
-            "The stub failed with an internal error; see its log.",
-            kind="server_error",
-        )
+        return errors.internal_error(error)
 
     def _check_key(self, request: web.Request) -> None:
         keys = self._state.settings.keys
@@ -205,8 +204,14 @@ class Server:
         """Answer a completion, a chat, a response or embeddings."""
         state, entry = self._state, request[ENTRY]
         settings, limits = state.settings, state.limits  # as of its arrival
-        call = read_call(request.path, await request.read())
-        entry.describe(call.model, call.questions[0], call.streams)
+        raw = await request.read()
+        try:
+            call = read_call(request.path, raw)
+        except ApiError:  # it uses up a request, as it does at OpenAI
+            limits.admit(0, state.journal.now())
+            request[LIMITS] = limits.headers()
+            raise
+        state.journal.describe(entry, call.model, call.questions[0], call.streams)
         check_model(call.model, settings.models)
         entry.prompt_tokens = call.prompt_tokens
         tokens = call.prompt_tokens + call.completion_tokens
@@ -216,9 +221,10 @@ class Server:
             raise errors.rate_limit_exceeded(rejection)
         tries = state.tries.count(settings, call.questions[0], entry.attempt)
         planned = plan(settings, call, entry.attempt, tries)
-        entry.request_id, entry.fault = request_id(planned.key), planned.fault or ""
+        entry.fault = planned.fault or ""
+        key = unique_key()
         return await generate(
-            request, entry, call, planned, state.capacity, state.journal.now
+            request, entry, call, planned, key, state.capacity, state.journal.now
         )
 
     async def _list_models(self, request: web.Request) -> web.Response:
@@ -276,6 +282,18 @@ def error_response(error: ApiError) -> web.Response:
         headers=error.headers,
         content_type="application/json",
     )
+
+
+def _forbidden(request: web.Request, reason: str) -> web.Response:
+    """403 for a request that may come from a web page."""
+    if request.path.startswith(CONTROL):
+        return web.json_response({"error": reason}, status=403)
+    return error_response(ApiError(403, reason, code="forbidden"))
+
+
+def _api_routes(app: web.Application) -> list[str]:
+    paths = {resource.canonical for resource in app.router.resources()}
+    return sorted(path for path in paths if not path.startswith(CONTROL))
 
 
 def _get(path: str, handler: Handler) -> web.RouteDef:

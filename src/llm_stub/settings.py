@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Seconds = Annotated[float, Field(ge=0, le=3600)]
-PerMinute = Annotated[float, Field(gt=0, le=1e9)]
+MAX_PER_MINUTE = 1e9
+PerMinute = Annotated[float, Field(gt=0, le=MAX_PER_MINUTE)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[list[str], Field(min_length=1)]
 
@@ -14,11 +15,15 @@ Names = Annotated[list[str], Field(min_length=1)]
 Fault = Literal[
     "error_500",
     "error_503",
+    "insufficient_quota",
     "reset",
     "reset_midway",
     "truncated",
     "malformed",
     "wrong_type",
+    "error_in_stream",
+    "null_choices",
+    "content_filter",
     "slow",
     "hang",
 ]
@@ -69,6 +74,8 @@ class Settings(BaseModel):
     """Live mode only: how many calls are forwarded before the rest are refused."""
     max_tokens: Annotated[int, Field(ge=0)] = 50_000
     """Live mode only: how many prompt and answer tokens these calls may use."""
+    max_answer_tokens: Annotated[int, Field(ge=1)] = 500
+    """Live mode only: the token limit of a chat or response that names none."""
 
     def changed(self, changes: dict[str, Any]) -> Self:
         """These settings with some of them replaced.

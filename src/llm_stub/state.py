@@ -22,8 +22,14 @@ class State:
     tries: Tries = field(default_factory=Tries)
 
     def change(self, changes: dict[str, Any]) -> None:
-        """Change settings. If one is invalid, raise ValueError and change nothing."""
+        """Change settings. If one is invalid, raise ValueError and change nothing.
+
+        Unless `changes` is empty, the tries of every prompt are counted from the
+        start again, even if no value differs.
+        """
         changed = self.settings.changed(changes)
+        if changes:
+            self.tries.clear()
         if changed == self.settings:
             return
         self.settings = changed
@@ -31,4 +37,3 @@ class State:
         self.limits = copy.copy(self.limits)
         self.limits.change(changed, self.journal.now())
         self.capacity.change(changed.capacity)
-        self.tries.clear()

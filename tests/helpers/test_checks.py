@@ -2,6 +2,7 @@ import linecache
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -101,6 +102,45 @@ def test_names_of_an_inner_scope_are_not_evaluated() -> None:
         lambda: check("all short", all(wait < 0.5 for wait in waits))
     )
     assert "all((wait < 0.5 for wait in waits))" in message
+
+
+def test_name_of_an_inner_scope_is_not_shown_with_the_value_of_an_outer_one() -> None:
+    wait, waits, limit = 3, [{"s": 0.1}, {"s": 0.9}], 0.5
+    message = failure_message(
+        lambda: check("all short", all(wait["s"] < limit for wait in waits) and wait)
+    )
+    assert "wait = 3" not in message
+    assert "limit = 0.5" in message
+
+
+def test_nothing_in_the_condition_is_called_again() -> None:
+    queue: SimpleQueue[list[int]] = SimpleQueue()
+    for call in (
+        lambda: check("item", queue.get()[0] == 7),
+        lambda: check("attribute", queue.get().__doc__ == 7),
+        lambda: check("index", [5, 6][queue.get()[0]] == 7),
+        lambda: check("length", len(queue.get()) == 7),
+        lambda: check("length of an item", len([queue.get()][0]) == 7),
+    ):
+        queue.put([1])
+        queue.put([2, 3])  # what a second call would get
+        message = failure_message(call)
+        assert len(message.splitlines()) == 2, message
+        assert queue.get() == [2, 3]
+        assert queue.empty()
+
+
+def test_nothing_in_the_condition_is_assigned_again() -> None:
+    class Reads(dict[str, int]):
+        count = 0
+
+        def __getitem__(self, key: str) -> int:
+            self.count += 1
+            return super().__getitem__(key)
+
+    reads = Reads(a=1)
+    failure_message(lambda: check("assigned", reads[(name := "a")] == 7 and name))
+    assert reads.count == 1
 
 
 def test_value_that_cannot_be_evaluated_again_is_omitted() -> None:

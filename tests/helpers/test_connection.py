@@ -1,11 +1,9 @@
-import contextlib
-import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,117 +17,24 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
 
-from helpers import Timeline, connect, connection
+from helpers import Timeline, connect
 from helpers.connection import Provider, ProviderError
+from tests.helpers.conftest import (
+    MODEL,
+    PROMPT,
+    TIMEOUT,
+    ask_openai,
+    free_port,
+    kill,
+    manually_started_stub,
+    process_of,
+    run_script,
+    wait_until,
+)
 
-TIMEOUT = 30.0  # seconds for anything, on a busy machine
 MAX_STARTUP = 2.0  # seconds from connect() to the first answer: the requirement
-POLL_INTERVAL = 0.02  # seconds
-MODEL = "gpt-3.5-turbo-instruct"
-PROMPT = "Hello how are you?"
 
-RELEVANT_VARIABLES = {
-    "LLM_PROVIDER_URL",
-    "LANGSMITH_TRACING",
-    "OPENAI_API_BASE",
-    "OPENAI_API_KEY",
-    "OPENAI_BASE_URL",
-}
-
-
-@contextlib.contextmanager
-def never_connected() -> Iterator[None]:
-    """As if this process had never called connect(); undoes changes afterwards."""
-    with mock.patch.object(connection, "_current", None), mock.patch.dict(os.environ):
-        for name in list(os.environ):
-            if name in RELEVANT_VARIABLES or name.lower().endswith("_proxy"):
-                del os.environ[name]
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared_stub() -> Iterator[Provider]:
-    with never_connected():
-        provider = connect(first_token=0, per_token=0)
-    yield provider
-    provider.stop()
-
-
-@pytest.fixture(autouse=True)
-def clean_environment() -> Iterator[None]:
-    before = psutil.Process().children()
-    with never_connected():
-        yield
-    for process in psutil.Process().children():
-        if process not in before and is_stub(process):
-            process.kill()
-
-
-@pytest.fixture
-def connected(shared_stub: Provider) -> Provider:
-    """A running stub, so that connect() doesn't need to start one."""
-    connection._current = shared_stub
-    shared_stub.configure(seed=0, first_token=0, per_token=0, jitter=0.2, models=None)
-    return shared_stub
-
-
-def is_stub(process: psutil.Process) -> bool:
-    try:
-        return "llm_stub" in process.cmdline()
-    except psutil.NoSuchProcess:  # also raised for a zombie
-        return False
-
-
-def process_of(provider: Provider) -> psutil.Process:
-    assert provider._process is not None
-    return psutil.Process(provider._process.pid)
-
-
-def kill(provider: Provider) -> None:
-    process_of(provider).kill()
-    wait_until(lambda: provider.exit_code is not None)
-
-
-def ask_openai() -> str:
-    client = openai.OpenAI(max_retries=0, timeout=TIMEOUT)
-    return client.completions.create(model=MODEL, prompt=PROMPT).choices[0].text
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, f"it took more than {TIMEOUT} s"
-        time.sleep(POLL_INTERVAL)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
-
-
-@contextlib.contextmanager
-def manually_started_stub() -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llm_stub", "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        yield json.loads(process.stdout.readline())["url"]
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def run_script(code: str) -> Any:
-    """Run a script in a new Python process; return the JSON that it prints."""
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 # Starting the stub
@@ -236,6 +141,7 @@ def test_langsmith_tracing_is_off_unless_the_user_turned_it_on(
         {"no_proxy": "intra.example"},
         {"NO_PROXY": "intra.example", "no_proxy": "intra.example"},
         {"NO_PROXY": "*"},
+        {"NO_PROXY": "intra.example, *"},
         {"no_proxy": "localhost, intra.example"},
     ],
     ids=str,
@@ -306,7 +212,8 @@ connections = [socket.create_connection(address, 5) for _ in range(count)]
 answered = 0
 try:
     for connection in connections:
-        connection.sendall(b"GET /_provider/stats HTTP/1.1\\r\\nHost: stub\\r\\n\\r\\n")
+        connection.sendall(b"GET /_provider/stats HTTP/1.1\\r\\n")
+        connection.sendall(b"Host: localhost\\r\\n\\r\\n")
     for connection in connections:
         answered += connection.recv(65536).startswith(b"HTTP/1.1 200")
 except TimeoutError:
@@ -488,6 +395,31 @@ def test_request_at_the_moment_the_stub_is_killed_says_that_it_has_stopped() -> 
         process_of(provider).kill()
         with pytest.raises(ProviderError, match="has stopped"):
             ask_until_error()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals like SIGABRT")
+def test_message_for_a_crashed_stub_ends_with_its_error_output() -> None:
+    os.environ["PYTHONFAULTHANDLER"] = "1"  # its traceback is the error output
+    provider = connect()
+    process_of(provider).send_signal(signal.SIGABRT)
+    wait_until(lambda: provider.exit_code is not None)
+    with pytest.raises(ProviderError) as caught:
+        provider.ask("/_provider/stats")
+    advice, _, output = str(caught.value).partition(" The end of its error output:\n")
+    assert advice.endswith(
+        "Run connect() again: it starts a new one at the same address."
+    )
+    assert "llm_stub/__main__.py" in output  # in the traceback
+    assert len(output) <= 2000
+    assert connect().ask("/_provider/stats")["requests"] == 0
+
+
+def test_message_for_a_stopped_stub_is_one_line() -> None:
+    provider = connect()
+    provider.stop()
+    with pytest.raises(ProviderError, match="has stopped") as caught:
+        provider.ask("/_provider/stats")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_connect_restarts_at_the_same_address_so_existing_clients_work_again() -> None:

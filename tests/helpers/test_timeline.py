@@ -1,11 +1,14 @@
 import asyncio
 import io
+import json
 import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from typing import Any
 
 import aiohttp
@@ -17,7 +20,7 @@ from PIL import Image
 
 from helpers import Timeline, connect, connection
 from helpers.connection import Provider, ProviderError
-from helpers.timeline import COLUMNS, ROWS, Attempt
+from helpers.timeline import COLUMNS, REDRAW, REST, ROWS, Attempt
 
 PROMPTS = ["Who wrote Hamlet?", "Why is the sky blue?", "How are you?", "Who am I?"]
 BAR = re.compile(r"\|(.*)\| +(\d+\.\d\d) s$")
@@ -180,6 +183,31 @@ def test_bar_of_a_stream_shows_waiting_and_receiving(
     assert attempt.end - attempt.first_byte >= 0.2
     [bar] = bars(run)
     assert re.fullmatch(r" *░{5,}█{5,} *", bar)
+
+
+def test_journal_is_assigned_once_and_complete(provider: Provider, llm: OpenAI) -> None:
+    assigned: list[list[Attempt]] = []
+
+    class Watched(Timeline):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "journal":
+                assigned.append(list(value))
+            super().__setattr__(name, value)
+
+    provider.configure(first_token=0)
+    with Watched("watched") as run:
+        in_threads(llm)
+    assert [len(journal) for journal in assigned] == [0, 4]
+    assert run.journal == assigned[-1]
+
+
+def test_timeline_can_be_used_again(provider: Provider, llm: OpenAI) -> None:
+    provider.configure(first_token=0)
+    run = Timeline("again")
+    for prompt in PROMPTS[:2]:
+        with run:
+            llm.invoke(prompt)
+        assert [attempt.prompt for attempt in run.journal] == [prompt]
 
 
 # Calls that outlast the run
@@ -487,6 +515,113 @@ def test_live_timeline_redraws_during_the_run_and_ends_with_the_picture(
         assert set(frame) == {"text/plain", "text/html"}
         assert frame["text/html"].startswith("<pre>&lt;live&gt;: ")
     assert not any("matplotlib" in str(frame) for frame in frames)
+
+
+def redraws(recorder: Recorder, count: int) -> None:
+    """Wait until the timeline has been redrawn this many times."""
+    for _ in range(count):
+        recorder.redrawn.clear()
+        assert recorder.redrawn.wait(10)
+
+
+@pytest.fixture
+def long_call(
+    provider: Provider, until_in_flight: Callable[[int], None]
+) -> Iterator[Callable[[], HTTPConnection]]:
+    """Start a call that stays in flight until its connection is closed."""
+
+    def start() -> HTTPConnection:
+        body = json.dumps({"model": "m", "prompt": "long"})
+        with provider.behaving(first_token=600):
+            call.request("POST", "/v1/completions", body)
+            until_in_flight(1)
+        return call
+
+    call = HTTPConnection(provider.url.removeprefix("http://"))
+    yield start
+    call.close()
+    until_in_flight(0)
+
+
+def test_live_timeline_reads_only_what_has_changed(
+    provider: Provider,
+    llm: OpenAI,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    long_call: Callable[[], HTTPConnection],
+    until_in_flight: Callable[[int], None],
+) -> None:
+    ask, read = provider.ask, list[list[str]]()
+
+    def recording(path: str, *rest: Any) -> Any:
+        page = ask(path, *rest)
+        if "/journal" in path:
+            read.append([entry["prompt"] for entry in page["attempts"]])
+        return page
+
+    monkeypatch.setattr(provider, "ask", recording)
+    provider.configure(first_token=0)
+    with Timeline("long", live=True) as run:
+        connection = long_call()
+        in_threads(llm)
+        redraws(recorder, 2)
+        assert [attempt.state for attempt in run.journal][:2] == [
+            "in flight",
+            "answered",
+        ]
+        assert run.attempts == 5
+        read.clear()
+        redraws(recorder, 3)
+        assert read[:3] == [[], [], []]
+        connection.close()
+        until_in_flight(0)
+        redraws(recorder, 2)
+        assert [prompts for prompts in read if prompts] == [["long"]]
+    long, *others = run.journal
+    assert (long.prompt, long.state) == ("long", "cancelled")
+    assert long.end == max(attempt.end for attempt in run.journal)
+    assert [attempt.state for attempt in others] == ["answered"] * 4
+
+
+def test_bar_of_a_call_in_flight_grows_with_every_redraw(
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    long_call: Callable[[], HTTPConnection],
+) -> None:
+    update, ends = recorder.update, list[float]()
+
+    def record(frame: Any, **options: Any) -> None:
+        if isinstance(frame, dict) and run.journal:
+            assert run.journal[0].end == run.wall
+            ends.append(run.wall)
+        update(frame, **options)
+
+    monkeypatch.setattr(recorder, "update", record)
+    with Timeline("grows", live=True) as run:
+        connection = long_call()
+        redraws(recorder, 4)
+        connection.close()
+    assert len(set(ends)) >= 3
+    assert ends == sorted(ends)
+
+
+def test_slow_redraws_are_rare(
+    provider: Provider, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, starts, busy = recorder.update, list[float](), 0.02
+
+    def slow_update(frame: Any, **options: Any) -> None:
+        if isinstance(frame, dict):
+            starts.append(time.monotonic())
+            end = time.thread_time() + busy
+            while time.thread_time() < end:
+                pass
+        update(frame, **options)
+
+    monkeypatch.setattr(recorder, "update", slow_update)
+    with Timeline("slow", live=True):
+        redraws(recorder, 2)
+    assert starts[1] - starts[0] >= REST * busy > 2 * REDRAW
 
 
 def test_late_redraw_does_not_change_the_result(

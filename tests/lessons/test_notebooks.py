@@ -111,6 +111,9 @@ NOT_COMPARED = {
 }
 
 
+STUB_ID = r"(chatcmpl|cmpl|resp|req|msg|call|fc|batch|file)[-_][0-9a-f]{20}"
+
+
 def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
@@ -297,6 +300,15 @@ def test_outputs_are_stored_from_one_run_in_order(path: Path) -> None:
     for cell in cells:
         if re.search(r"^(check|print)\(", cell.source, re.MULTILINE):
             assert cell.outputs, cell.source
+
+
+@every_notebook
+def test_stored_outputs_show_no_ids_or_times(path: Path) -> None:
+    """They differ in every run, and a reader learns nothing from them."""
+    for cell in code_cells(path):
+        shown = re.sub(r'"image/png": "[^"]*"', "", json.dumps(cell.outputs))
+        assert not re.search(STUB_ID, shown), cell.source
+        assert not re.search(r"(?<![\d.])1[6-9]\d{8}(?![\d.])", shown), cell.source
 
 
 @every_notebook

@@ -1,19 +1,44 @@
 """Helpers shared by several test files of the stub."""
 
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 from openai import OpenAI
-from openai.types import Completion, FileObject
+from openai.types import FileObject
 from pydantic import BaseModel
 
 from helpers.connection import Provider
-from tests.llm_stub.test_wire import undocumented
 
 Json = dict[str, Any]
-Ids = tuple[str, int, str | None]
-AskForIds = Callable[..., Ids]
+
+ID_FIELDS = {"id", "call_id", "item_id", "tool_call_id", "request_id"}
+
+
+def without_ids(body: Any) -> Any:
+    """A body, or a list of them, as dicts and lists without the random ids."""
+    if isinstance(body, BaseModel):
+        body = body.model_dump()
+    if isinstance(body, dict):
+        return {
+            name: without_ids(value)
+            for name, value in body.items()
+            if name not in ID_FIELDS
+        }
+    return [*map(without_ids, body)] if isinstance(body, list) else body
+
+
+def undocumented(value: Any) -> list[str]:
+    """Names of the fields, at any depth, that the SDK's type doesn't declare."""
+    if isinstance(value, list):
+        return [name for item in value for name in undocumented(item)]
+    if not isinstance(value, BaseModel):
+        return []
+    nested = [name for _, field in value for name in undocumented(field)]
+    return list(value.model_extra or {}) + nested
+
+
+def assert_matches_exactly(kind: type[BaseModel], raw: Any) -> None:
+    """The raw response is of the SDK's type and has no other fields."""
+    assert undocumented(kind.model_validate_json(raw.text, strict=True)) == []
 
 
 def finished_attempts(provider: Provider) -> list[Json]:
@@ -23,28 +48,5 @@ def finished_attempts(provider: Provider) -> list[Json]:
     return attempts
 
 
-def ids_of(completion: Completion) -> Ids:
-    """Everything in a completion that identifies it."""
-    return completion.id, completion.created, completion._request_id
-
-
-@pytest.fixture
-def ask_for_ids(client: OpenAI) -> AskForIds:
-    """Send a prompt as the client's nth attempt; returns the ids of the answer."""
-
-    def ask(prompt: str, attempt: int = 1) -> Ids:
-        header = {"x-stainless-retry-count": str(attempt - 1)}
-        return ids_of(
-            client.completions.create(model="m", prompt=prompt, extra_headers=header)
-        )
-
-    return ask
-
-
 def upload(client: OpenAI, content: bytes, purpose: Any = "batch") -> FileObject:
     return client.files.create(file=("requests.jsonl", content), purpose=purpose)
-
-
-def assert_matches_exactly(kind: type[BaseModel], raw: Any) -> None:
-    """The raw response is of the SDK's type and has no other fields."""
-    assert undocumented(kind.model_validate_json(raw.text, strict=True)) == []

@@ -2,6 +2,8 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -11,10 +13,15 @@ import aiohttp
 import httpx2
 import openai
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from langchain_openai import ChatOpenAI
 from openai import OpenAI
 
 from helpers.connection import Provider
-from tests.llm_stub.conftest import Json, finished_attempts
+from llm_stub.server import Server
+from tests.llm_stub.conftest import Json, finished_attempts, without_ids
+from tests.llm_stub.test_ids import FLAT_TOOLS, QUESTION, TOOLS
 
 SKY = "Why is the sky blue?"
 CALLS: dict[str, Json] = {
@@ -30,6 +37,7 @@ KINDS_AND_STREAM = [(kind, False) for kind in CALLS] + [
 EXPECTED_ERRORS: dict[str, tuple[type[Exception], type[Exception] | None]] = {
     "error_500": (openai.InternalServerError, None),
     "error_503": (openai.InternalServerError, None),
+    "insufficient_quota": (openai.RateLimitError, None),
     "reset": (openai.APIConnectionError, httpx2.ReadError),
     "reset_midway": (openai.APIConnectionError, httpx2.ReadError),
     "truncated": (openai.APIConnectionError, httpx2.RemoteProtocolError),
@@ -39,14 +47,19 @@ EXPECTED_ERRORS: dict[str, tuple[type[Exception], type[Exception] | None]] = {
 EXPECTED_ENTRIES = {
     "error_500": (500, "failed"),
     "error_503": (503, "failed"),
+    "insufficient_quota": (429, "failed"),
     "reset": (None, "failed"),
     "reset_midway": (200, "failed"),
     "truncated": (200, "failed"),
     "malformed": (200, "failed"),
     "wrong_type": (200, "failed"),
+    "error_in_stream": (200, "failed"),
+    "null_choices": (200, "failed"),
+    "content_filter": (200, "answered"),
     "slow": (200, "answered"),
     "hang": (None, "cancelled"),
 }
+TEXTS = ["completion", "chat", "response"]
 every_kind = pytest.mark.parametrize(("kind", "stream"), KINDS_AND_STREAM)
 
 
@@ -127,7 +140,7 @@ def test_slow_answer_is_complete_but_late(
 ) -> None:
     provider.configure(faults_by_prompt={SKY: ["slow"]}, slow=0.3)
     late, quick = ask(client, kind, stream), ask(client, kind, stream)
-    assert late == quick
+    assert without_ids(late) == without_ids(quick)
     assert journal_entries(provider) == [
         (200, "answered", "slow"),
         (200, "answered", ""),
@@ -137,19 +150,19 @@ def test_slow_answer_is_complete_but_late(
     assert waits[0] >= 0.3 > waits[1]
 
 
-def received_bytes(client: OpenAI, kind: str) -> bytes:
-    """The bytes of a stream, up to its end or the error that interrupts it."""
+def received_bytes(client: OpenAI, kind: str, **options: Any) -> bytes:
+    """What a stream contains up to its end or its interruption, without its ids."""
     raw = endpoint(client, kind).with_raw_response.create(
-        model="m", stream=True, **CALLS[kind]
+        model="m", stream=True, **(CALLS[kind] | options)
     )
     received = b""
     with contextlib.suppress(httpx2.HTTPError):
         for chunk in raw.http_response.iter_bytes():
             received += chunk
-    return received
+    return re.sub(rb"[0-9a-f]{24,}", b"", received)
 
 
-@pytest.mark.parametrize("kind", ["completion", "chat", "response"])
+@pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("fault", ["reset_midway", "truncated", "malformed"])
 def test_broken_stream_is_a_prefix_of_the_complete_one(
     client: OpenAI, provider: Provider, fault: str, kind: str
@@ -179,7 +192,10 @@ def test_stream_of_one_token_breaks_after_that_token(
     assert (entry["state"], entry["completion_tokens"]) == ("failed", 1)
 
 
-@pytest.mark.parametrize("fault", [*EXPECTED_ERRORS, "wrong_type", "slow"])
+LATE_FAULTS = {*EXPECTED_ENTRIES} - {"insufficient_quota", "error_in_stream"}
+
+
+@pytest.mark.parametrize("fault", sorted(LATE_FAULTS))
 def test_client_that_disconnects_before_the_fault_cancels_its_call(
     client: OpenAI,
     provider: Provider,
@@ -228,15 +244,25 @@ def test_faults_by_prompt_apply_to_one_request_each_in_order(
     assert results == [False, True, False, True, True, True]
 
 
-def test_faults_by_prompt_restart_only_if_a_setting_changes(
-    client: OpenAI, provider: Provider
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("config", "PATCH", {"faults_by_prompt": {SKY: ["error_500"]}}),  # as before
+        ("config", "PATCH", {"seed": 0}),  # as before
+        ("config", "PATCH", {"seed": 5}),
+        ("reset", "POST", None),
+    ],
+    ids=str,
+)
+def test_faults_by_prompt_start_over_after_settings_are_sent_and_after_a_reset(
+    client: OpenAI, provider: Provider, change: tuple[str, str, Json | None]
 ) -> None:
-    listed = {SKY: ["error_500"]}
-    provider.configure(faults_by_prompt=listed)
+    route, method, body = change
+    provider.configure(faults_by_prompt={SKY: ["error_500"]})
     assert [succeeds(client), succeeds(client)] == [False, True]
-    provider.configure(faults_by_prompt=listed)
+    provider.configure()  # reads the settings and changes nothing
     assert succeeds(client)
-    provider.configure(seed=5)
+    provider.ask(f"/_provider/{route}", method, body)
     assert [succeeds(client), succeeds(client)] == [False, True]
 
 
@@ -277,9 +303,12 @@ def test_faults_by_prompt_override_the_rates(
 
 
 RATES = {
+    "content_filter": 0.1,
     "error_500": 0.1,
     "error_503": 0.05,
+    "insufficient_quota": 0.1,
     "malformed": 0.2,
+    "null_choices": 0.1,
     "reset": 0.05,
     "truncated": 0.15,
     "wrong_type": 0.05,
@@ -355,3 +384,224 @@ def test_call_in_flight_keeps_the_faults_it_started_with(
         before or "",
         later or "",
     ]
+
+
+# No money, an error in the stream, no choices, a content filter
+
+
+@pytest.fixture(params=["prompt", "rate"])
+def play(
+    request: pytest.FixtureRequest, client: OpenAI, provider: Provider
+) -> Callable[[str], None]:
+    """Turn a fault on, for all prompts or for SKY only."""
+
+    def play(fault: str) -> None:
+        if request.param == "rate":
+            provider.configure(faults={fault: 1})
+        else:
+            provider.configure(faults_by_prompt={SKY: [fault] * 9})
+
+    return play
+
+
+def llm_of(api: str, **options: Any) -> ChatOpenAI:
+    responses = api == "response"
+    return ChatOpenAI(model="m", timeout=30, use_responses_api=responses, **options)
+
+
+@every_kind
+def test_insufficient_quota_is_a_429_at_once_without_a_time_to_wait(
+    client: OpenAI,
+    provider: Provider,
+    play: Callable[[str], None],
+    kind: str,
+    stream: bool,
+) -> None:
+    play("insufficient_quota")
+    provider.configure(first_token=3600)
+    with pytest.raises(openai.RateLimitError) as caught:
+        ask(client, kind, stream)
+    error = caught.value
+    assert (error.code, error.type) == ("insufficient_quota", "insufficient_quota")
+    assert "check your plan and billing details" in error.message
+    assert not {"retry-after", "retry-after-ms"} & error.response.headers.keys()
+    assert journal_entries(provider) == [(429, "failed", "insufficient_quota")]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda: ask(OpenAI()), lambda: llm_of("chat").invoke(SKY)],
+    ids=["SDK", "LangChain"],
+)
+def test_clients_try_three_times_although_no_retry_cures_insufficient_quota(
+    client: OpenAI, provider: Provider, call: Callable[[], Any]
+) -> None:
+    provider.configure(faults={"insufficient_quota": 1})
+    with pytest.raises(openai.RateLimitError):
+        call()
+    assert [entry["attempt"] for entry in finished_attempts(provider)] == [1, 2, 3]
+    assert provider.ask("/_provider/stats")["statuses"] == {"429": 3}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_error_in_stream_arrives_as_an_event_after_half_of_the_tokens(
+    client: OpenAI, provider: Provider, play: Callable[[str], None], kind: str
+) -> None:
+    complete = received_bytes(client, kind)
+    play("error_in_stream")
+    *events, error, end = received_bytes(client, kind).split(b"\n\n")
+    assert end == b""
+    assert complete.startswith(b"\n\n".join(events))
+    assert 5 < len(events) < complete.count(b"\n\n") - 5
+    assert b"The server had an error" in error
+
+    received: list[Any] = []
+    stream = endpoint(client, kind).create(model="m", stream=True, **CALLS[kind])
+    if kind == "response":
+        received.extend(stream)
+        assert (received[-1].type, received[-1].code) == ("error", "server_error")
+    else:
+        with pytest.raises(openai.APIError, match="The server had an error") as caught:
+            received.extend(stream)
+        assert type(caught.value) is openai.APIError
+        assert caught.value.type == "server_error"
+    assert len(received) > 5
+    failed = (200, "failed", "error_in_stream")
+    assert journal_entries(provider)[1:] == [failed, failed]
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_error_in_stream_without_a_stream_is_a_500(
+    client: OpenAI, provider: Provider, play: Callable[[str], None], kind: str
+) -> None:
+    play("error_in_stream")
+    with pytest.raises(openai.InternalServerError):
+        ask(client, kind)
+    assert journal_entries(provider) == [(500, "failed", "error_500")]
+
+
+NULLED = {"response": "output", "embedding": "data"}
+
+
+@every_kind
+def test_null_choices_replace_the_answer(
+    client: OpenAI,
+    provider: Provider,
+    play: Callable[[str], None],
+    kind: str,
+    stream: bool,
+) -> None:
+    play("null_choices")
+    answer = ask(client, kind, stream)
+    last = answer[-1] if stream else answer
+    if stream and kind == "response":
+        assert (last.type, last.delta) == ("response.output_text.delta", None)
+    else:
+        assert getattr(last, NULLED.get(kind, "choices")) is None
+    assert journal_entries(provider) == [(200, "failed", "null_choices")]
+
+
+@every_kind
+def test_content_filter_answers_with_an_empty_text_and_its_reason(
+    client: OpenAI,
+    provider: Provider,
+    play: Callable[[str], None],
+    kind: str,
+    stream: bool,
+) -> None:
+    expected = without_ids(ask(client, kind, stream))
+    play("content_filter")
+    answer = ask(client, kind, stream)
+    entries = finished_attempts(provider)
+    assert journal_entries(provider)[1:] == [(200, "answered", "content_filter")]
+    assert entries[1]["completion_tokens"] == 0
+    last = answer[-1] if stream else answer
+    if kind == "embedding":
+        assert without_ids(answer) == expected
+    elif kind == "response":
+        response = last.response if stream else last
+        assert response.status == "incomplete"
+        assert response.incomplete_details.reason == "content_filter"
+        assert response.output_text == ""
+        assert response.usage.output_tokens == 0
+    else:
+        assert last.choices[0].finish_reason == "content_filter"
+        for part in answer if stream else [answer]:
+            message = part.choices[0]
+            if kind == "chat":
+                message = message.delta if stream else message.message
+            text = message.text if kind == "completion" else message.content
+            assert not text
+
+
+@pytest.mark.parametrize("api", ["chat", "response"])
+def test_langchain_reports_all_four_faults_but_content_filter(
+    client: OpenAI, provider: Provider, api: str
+) -> None:
+    llm = llm_of(api, max_retries=0)
+    calls: list[tuple[str, Callable[[], Any], type[Exception]]] = [
+        ("insufficient_quota", lambda: llm.invoke(SKY), openai.RateLimitError),
+        ("error_in_stream", lambda: llm.invoke(SKY), openai.InternalServerError),
+        (
+            "error_in_stream",
+            lambda: list(llm.stream(SKY)),
+            ValueError if api == "response" else openai.APIError,
+        ),
+        ("null_choices", lambda: llm.invoke(SKY), TypeError),
+    ]
+    for fault, call, error in calls:
+        provider.configure(faults={fault: 1})
+        with pytest.raises(error):
+            call()
+    provider.configure(faults={"content_filter": 1})
+    answer = llm.invoke(SKY)
+    assert answer.text == ""
+    details = answer.response_metadata
+    if api == "chat":
+        assert details["finish_reason"] == "content_filter"
+    else:
+        assert details["incomplete_details"] == {"reason": "content_filter"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("chat", {"messages": [{"role": "user", "content": QUESTION}], **TOOLS}),
+        ("response", {"input": QUESTION, **FLAT_TOOLS}),
+    ],
+    ids=["chat", "response"],
+)
+@pytest.mark.parametrize("fault", ["error_in_stream", "null_choices", "malformed"])
+def test_fault_between_two_function_calls_ends_the_stream_in_order(
+    client: OpenAI, provider: Provider, fault: str, kind: str, options: Json
+) -> None:
+    provider.configure(faults={fault: 1})
+    # Both calls have equally many tokens, so half of them are those of the first.
+    *events, end = received_bytes(client, kind, **options).split(b"\n\n")
+    assert (len(events) > 3, end) == (True, b"")
+    assert b"get_weather" in b"".join(events)
+    assert journal_entries(provider) == [(200, "failed", fault)]
+
+
+# A mistake in the stub itself
+
+
+async def test_internal_error_names_the_exception_and_its_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(request: web.Request) -> web.Response:
+        raise LookupError("nothing here")
+
+    app = Server().app()
+    app.router.add_get("/v1/broken", fail)
+    async with TestClient(TestServer(app)) as client:
+        response = await client.get("/v1/broken")
+        error = (await response.json())["error"]
+    assert response.status == 500
+    assert error["type"] == "server_error"
+    line = fail.__code__.co_firstlineno + 1
+    assert (
+        f"LookupError: nothing here (test_faults.py, line {line})" in error["message"]
+    )
+    [record] = caplog.records
+    assert (record.levelno, bool(record.exc_info)) == (logging.ERROR, True)

@@ -41,6 +41,15 @@ def test_file_content_is_returned_unchanged(client: OpenAI, content: bytes) -> N
     assert client.files.retrieve(file.id) == file
 
 
+def test_upload_can_say_when_the_file_expires(client: OpenAI) -> None:
+    file = client.files.create(
+        file=b"1",
+        purpose="batch",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    assert file.expires_at == file.created_at + 3600
+
+
 def test_file_object_matches_the_sdks_type_exactly(client: OpenAI) -> None:
     raw = client.files.with_raw_response
     assert_matches_exactly(FileObject, raw.create(file=b"some", purpose="batch"))
@@ -112,6 +121,26 @@ def test_form_without_a_file_or_a_valid_purpose_gets_a_400(
     post: Any, form: Json, param: str
 ) -> None:
     status, error = post(files=form)
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"colour": "blue"}, "colour"),
+        ({"expires_after": "tomorrow"}, "expires_after"),
+        ({"expires_after[seconds]": "3600"}, "expires_after.anchor"),
+        (
+            {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3599"},
+            "expires_after.seconds",
+        ),
+    ],
+)
+def test_unknown_or_invalid_field_of_a_form_gets_a_400(
+    post: Any, fields: dict[str, str], param: str
+) -> None:
+    status, error = post(files={"file": b"1"}, data={"purpose": "batch"} | fields)
     assert (status, error["type"]) == (400, "invalid_request_error")
     assert error["param"] == param
 

@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from helpers.connection import Provider
-from llm_stub.journal import Journal
+from llm_stub.journal import Attempt, Journal
 from tests.llm_stub.conftest import Json, finished_attempts
 
 
@@ -211,7 +211,8 @@ def test_disconnect_during_the_request_is_recorded(
     host, port = provider.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
+            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            b"Content-Length: 99\r\n\r\n{"
         )
         until_in_flight(1)
     [entry] = finished_attempts(provider)
@@ -271,21 +272,48 @@ def test_settle_waits_for_earlier_calls_but_not_for_later_ones() -> None:
         await asyncio.sleep(0)
         journal.arrive("GET /", 1)
         journal.end(first)
-        attempts = (await page)["attempts"]
-        assert [entry["number"] for entry in attempts] == [0]
-        assert attempts[0]["end"] is not None
+        _, attempts = await page
+        assert attempts == [first]
+        assert first.end is not None
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("query", ["since=first", "settle=long"])
+def test_changed_returns_only_the_attempts_that_changed_after_a_mark(
+    provider: Provider, complete: Complete
+) -> None:
+    provider.configure(first_token=0, per_token=0)
+    complete("before")
+    mark = provider.ask("/_provider/journal?settle=10")
+    assert [entry["changed"] for entry in mark["attempts"]] == [mark["changed"]]
+    unchanged = provider.ask(f"/_provider/journal?changed={mark['changed']}")
+    assert (unchanged["attempts"], unchanged["changed"]) == ([], mark["changed"])
+
+    complete("after")
+    page = provider.ask(f"/_provider/journal?changed={mark['changed']}&settle=10")
+    [entry] = page["attempts"]
+    assert (entry["prompt"], entry["state"]) == ("after", "answered")
+    assert entry["changed"] == page["changed"] > mark["changed"]
+    assert page["dropped"] == mark["dropped"]
+
+
+@pytest.mark.parametrize("step", ["describe", "first_byte", "end"])
+def test_every_step_of_an_attempt_is_a_change(step: str) -> None:
+    journal = Journal()
+    entry = journal.arrive("GET /", 1)
+    journal.arrive("GET /", 1)
+    mark, _ = read_journal(journal)
+    options = {"describe": ["m", "Why?", False], "first_byte": [200], "end": []}
+    getattr(journal, step)(entry, *options[step])
+    head, attempts = read_journal(journal, changed=mark["changed"])
+    assert attempts == [entry]
+    assert entry.changed == head["changed"] == mark["changed"] + 1
+
+
+@pytest.mark.parametrize("query", ["since=first", "settle=long", "changed=all"])
 def test_invalid_query_is_rejected(provider: Provider, query: str) -> None:
     with pytest.raises(ValueError, match="rejected the request"):
         provider.ask(f"/_provider/journal?{query}")
-
-
-def read_page(journal: Journal, since: int = 0) -> Json:
-    return asyncio.run(journal.since(since))
 
 
 def journal_of(calls: int, max_attempts: int) -> Journal:
@@ -297,13 +325,20 @@ def journal_of(calls: int, max_attempts: int) -> Journal:
     return journal
 
 
+def read_journal(
+    journal: Journal, since: int = 0, changed: int = 0
+) -> tuple[Json, list[Attempt]]:
+    return asyncio.run(journal.since(since, changed=changed))
+
+
 def test_journal_is_bounded_and_counts_dropped_attempts() -> None:
     journal = journal_of(calls=5, max_attempts=3)
-    page = read_page(journal)
-    assert [entry["number"] for entry in page["attempts"]] == [2, 3, 4]
-    assert (page["dropped"], page["next"]) == (2, 5)
-    assert read_page(journal, since=2)["dropped"] == 0
-    assert read_page(journal, since=5)["dropped"] == 0
+    head, attempts = read_journal(journal)
+    assert [entry.number for entry in attempts] == [2, 3, 4]
+    assert (head["dropped"], head["next"]) == (2, 5)
+    for since in (2, 5):
+        head, _ = read_journal(journal, since)
+        assert head["dropped"] == 0
     assert journal.stats()["requests"] == 5
 
 
@@ -318,9 +353,9 @@ def test_reset_empties_the_journal_but_continues_the_numbering() -> None:
         "peak_in_flight": 0,
         "statuses": {},
     }
-    page = read_page(journal)
-    assert page["attempts"] == []
-    assert (page["dropped"], page["next"]) == (5, 5)
+    head, attempts = read_journal(journal)
+    assert attempts == []
+    assert (head["dropped"], head["next"]) == (5, 5)
     assert journal.arrive("GET /", 1).number == 5
 
 
@@ -331,7 +366,8 @@ def test_reset_keeps_calls_in_flight() -> None:
     assert journal.stats()["in_flight"] == journal.stats()["peak_in_flight"] == 1
     journal.end(entry)
     assert journal.stats()["in_flight"] == 0
-    assert read_page(journal)["dropped"] == 0
+    head, _ = read_journal(journal)
+    assert head["dropped"] == 0
 
 
 def test_calls_in_flight_are_counted_even_if_their_entry_was_dropped() -> None:

@@ -16,13 +16,19 @@ from llm_stub.limits import Limits, format_duration
 from llm_stub.settings import Settings
 from tests.llm_stub.conftest import Json, finished_attempts
 
-HEADERS = [
-    f"x-ratelimit-{field}-{name}"
-    for field in ("limit", "remaining", "reset")
-    for name in ("requests", "tokens")
-]
 DURATION = re.compile(r"\d{1,3}ms|(\d+h)?(\d{1,2}m)?\d{1,2}(\.\d{1,3})?s")
 property_test = settings(deadline=None, max_examples=50, derandomize=True)
+
+
+UNLIMITED = {
+    f"x-ratelimit-{field}-{name}": value
+    for field, value in [
+        ("limit", "1000000000"),
+        ("remaining", "1000000000"),
+        ("reset", "0s"),
+    ]
+    for name in ("requests", "tokens")
+}
 
 
 def make_limits(now: float = 0, **changes: Any) -> Limits:
@@ -163,7 +169,7 @@ def test_removed_limit_no_longer_applies() -> None:
     assert all(limits.admit(0, 0) is None for _ in range(1000))
     limits.change(Settings(), 0)
     assert all(limits.admit(10**6, 0) is None for _ in range(1000))
-    assert limits.headers() == {}
+    assert limits.headers() == UNLIMITED
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,7 @@ def test_headers_have_the_remaining_requests_and_the_time_until_reset(
 ) -> None:
     limits = make_limits(requests_per_minute=per_minute, burst=3600)
     assert all(limits.admit(0, 0) is None for _ in range(used))
-    assert limits.headers() == {
+    assert limits.headers() == UNLIMITED | {
         "x-ratelimit-limit-requests": f"{per_minute:.0f}",
         "x-ratelimit-remaining-requests": left,
         "x-ratelimit-reset-requests": reset,
@@ -276,14 +282,20 @@ def test_call_over_a_limit_gets_the_429_of_the_api(
     ]
 
 
+def limit_headers(headers: Any) -> dict[str, str]:
+    return {name: text for name, text in headers.items() if "ratelimit" in name}
+
+
 @pytest.mark.parametrize("kind", CALLS)
-def test_response_has_headers_for_the_configured_limits(
+def test_response_has_headers_for_both_limits_even_if_they_are_not_set(
     client: OpenAI, provider: Provider, kind: str
 ) -> None:
-    assert not [name for name in call(client, kind) if "ratelimit" in name]
+    assert limit_headers(call(client, kind)) == UNLIMITED
     with provider.behaving(requests_per_minute=6):
-        headers = call(client, kind)
-        assert {name for name in HEADERS if name in headers} == set(HEADERS[::2])
+        headers = limit_headers(call(client, kind))
+        assert headers.keys() == UNLIMITED.keys()
+        changed = {name for name in headers if headers[name] != UNLIMITED[name]}
+        assert changed == {name for name in UNLIMITED if name.endswith("requests")}
     provider.configure(requests_per_minute=6, tokens_per_minute=6, burst=3600)
     headers = call(client, kind)
     for name in ("requests", "tokens"):
@@ -307,6 +319,51 @@ def test_prompt_and_answer_both_count_towards_the_token_limit(
     assert usage.completion_tokens > 0
     left = int(raw.headers["x-ratelimit-remaining-tokens"])
     assert usage.total_tokens == 60 - left
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_invalid_call_uses_up_one_request_but_no_tokens(
+    client: OpenAI, provider: Provider, kind: str
+) -> None:
+    provider.configure(requests_per_minute=1, tokens_per_minute=1, burst=3600)
+    for left in ("59", "58"):
+        with pytest.raises(openai.BadRequestError) as error:
+            call(client, kind, extra_body={"temprature": 0})
+        headers = limit_headers(error.value.response.headers)
+        assert headers.keys() == UNLIMITED.keys()
+        assert headers["x-ratelimit-remaining-requests"] == left
+        assert headers["x-ratelimit-remaining-tokens"] == "60"
+
+
+def test_invalid_call_gets_its_400_even_if_no_request_is_left(
+    client: OpenAI, provider: Provider
+) -> None:
+    provider.configure(requests_per_minute=1, burst=60)
+    call(client)
+    with pytest.raises(openai.BadRequestError) as error:
+        call(client, n=0)
+    assert error.value.response.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ({"keys": ["other"]}, openai.AuthenticationError),
+        ({"models": ["other"]}, openai.NotFoundError),
+    ],
+    ids=["401", "404"],
+)
+def test_call_with_a_wrong_key_or_model_has_no_limit_headers_and_uses_up_nothing(
+    client: OpenAI,
+    provider: Provider,
+    setting: Json,
+    error: type[openai.APIStatusError],
+) -> None:
+    provider.configure(requests_per_minute=1, burst=3600)
+    with provider.behaving(**setting), pytest.raises(error) as caught:
+        call(client)
+    assert limit_headers(caught.value.response.headers) == {}
+    assert call(client)["x-ratelimit-remaining-requests"] == "59"
 
 
 def test_call_larger_than_the_limit_gets_a_429_without_retry_after(
@@ -350,7 +407,9 @@ def test_new_limit_does_not_stop_a_call_in_flight(
     client: OpenAI, provider: Provider
 ) -> None:
     provider.configure(per_token=0.02)
-    earlier = client.completions.create(model="m", prompt="Why?", stream=True)
+    earlier = client.completions.create(
+        model="m", prompt="Why?", stream=True, max_tokens=99
+    )
     provider.configure(tokens_per_minute=1)
     with pytest.raises(openai.RateLimitError):
         call(client)

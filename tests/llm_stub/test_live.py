@@ -4,12 +4,14 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,12 +21,14 @@ import openai
 import psutil
 import pytest
 from aiohttp import ClientTimeout, web
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
 
-from helpers import Timeline, connect, connection, environment
+from helpers import Timeline, connect, connection
 from helpers.connection import Provider, ProviderError
 from llm_stub import server
-from llm_stub.answers import answer, tokens
+from llm_stub.answers import answer
 from llm_stub.settings import Settings
 
 TIMEOUT = 30.0  # seconds, for a busy machine
@@ -50,7 +54,6 @@ def never_connected() -> Iterator[None]:
     """Act as if connect() was never called; restore the environment afterwards."""
     with (
         mock.patch.object(connection, "_current", None),
-        mock.patch.dict(environment.own_addresses, clear=True),
         mock.patch.dict(os.environ),
     ):
         for name in list(os.environ):
@@ -77,7 +80,8 @@ def started_by_hand(*options: str, **environment: str) -> Iterator[Provider]:
     )
     assert process.stdout is not None
     try:
-        yield Provider(json.loads(process.stdout.readline())["url"], process)
+        url = json.loads(process.stdout.readline())["url"]
+        yield Provider(url, process, started_with={})
     finally:
         process.kill()
         process.communicate()
@@ -113,7 +117,8 @@ def live(started_live: Provider, upstream: Provider) -> Iterator[Provider]:
     """Live mode, started by connect(), with caps that no test reaches."""
     with mock.patch.object(connection, "_current", started_live):
         os.environ["OPENAI_BASE_URL"] = f"{upstream.url}/v1"
-        provider = connect(live=True, max_calls=UNREACHED_CAP, max_tokens=UNREACHED_CAP)
+        caps = {"max_calls": UNREACHED_CAP, "max_tokens": UNREACHED_CAP}
+        provider = connect(live=True, max_answer_tokens=500, **caps)
         settled_journal(provider)
         provider.ask("/_provider/reset", "POST")
         yield provider
@@ -280,15 +285,22 @@ async def stall_midway(request: web.Request) -> web.StreamResponse:
 
 # Calls
 
+MESSAGES = [{"role": "user", "content": SKY}]
+LIMIT = 300  # tokens, more than any answer of the stub has
+LIMIT_NAMES = {
+    "completion": "max_tokens",
+    "chat": "max_tokens",
+    "response": "max_output_tokens",
+}
 CALLS: dict[str, Callable[..., Any]] = {
     "completion": lambda client, **options: client.completions.create(
-        **{"model": MODEL, "prompt": SKY} | options
+        **{"model": MODEL, "prompt": SKY, "max_tokens": LIMIT} | options
     ),
     "chat": lambda client, **options: client.chat.completions.create(
-        **{"model": MODEL, "messages": [{"role": "user", "content": SKY}]} | options
+        **{"model": MODEL, "messages": MESSAGES, "max_tokens": LIMIT} | options
     ),
     "response": lambda client, **options: client.responses.create(
-        **{"model": MODEL, "input": SKY} | options
+        **{"model": MODEL, "input": SKY, "max_output_tokens": LIMIT} | options
     ),
     "embedding": lambda client, **options: client.embeddings.create(
         **{"model": MODEL, "input": SKY} | options
@@ -298,6 +310,39 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 GENERATING = list(CALLS)[:3]
 COUNTED = list(CALLS)[:4]
+PATHS = {
+    "completion": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "response": "/v1/responses",
+    "embedding": "/v1/embeddings",
+}
+BODIES: dict[str, Json] = {
+    "completion": {"model": MODEL, "prompt": SKY},
+    "chat": {"model": MODEL, "messages": MESSAGES},
+    "response": {"model": MODEL, "input": SKY},
+    "embedding": {"model": MODEL, "input": SKY},
+}
+
+
+def token_limit(kind: str, limit: Any) -> Json:
+    return {LIMIT_NAMES[kind]: limit}
+
+
+def without_limit(kind: str) -> Json:
+    return token_limit(kind, openai.omit)
+
+
+def post(live: Provider, kind: str, body: Json | bytes) -> httpx.Response:
+    """Send a body that the SDK might change or refuse."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    return httpx.post(
+        live.url + PATHS[kind],
+        content=raw,
+        headers=headers,
+        timeout=TIMEOUT,
+        trust_env=False,
+    )
 
 
 def settled_journal(provider: Provider) -> list[Json]:
@@ -350,6 +395,12 @@ def as_received(raw: Any) -> tuple[int, str, list[tuple[str, str]]]:
         pair for pair in response.headers.multi_items() if pair[0] not in TIME_HEADERS
     ]
     return response.status_code, response.text, sorted(headers)
+
+
+def without_ids(value: Any) -> str:
+    """What the stub sends, without the ids: no two calls have the same ones."""
+    ids = r"\b((?:chatcmpl|cmpl)-|(?:req|resp|msg|call|fc)_)[0-9a-f]+"
+    return re.sub(ids, r"\1", repr(value))
 
 
 def outcome(client: Any) -> tuple[Any, ...]:
@@ -416,7 +467,7 @@ def test_live_mode_is_off_without_llm_live(upstream: Provider, off: str | None) 
         assert connect() is upstream
 
 
-def test_stub_started_by_hand_in_live_mode_uses_llm_model_for_every_call(
+def test_stub_started_by_hand_in_live_mode_uses_llm_model_for_every_answer(
     upstream: Provider,
 ) -> None:
     address = {"OPENAI_API_BASE": f"{upstream.url}/v1", "OPENAI_BASE_URL": DEAD_ADDRESS}
@@ -425,7 +476,7 @@ def test_stub_started_by_hand_in_live_mode_uses_llm_model_for_every_call(
         provider = connect(max_calls=7, max_tokens=900)
         client = OpenAI(max_retries=0)
         answers = [CALLS[kind](client).model for kind in COUNTED]
-    assert answers == ["custom-model"] * len(COUNTED)
+    assert answers == ["custom-model"] * len(GENERATING) + [MODEL]
     assert [entry["model"] for entry in settled_journal(upstream)] == answers
     assert repr(provider) == "<Provider: LIVE, up to 7 calls and 900 tokens>"
 
@@ -440,7 +491,7 @@ def test_live_mode_with_openai_requires_a_key(
     with pytest.raises(ProviderError, match=r"OPENAI_API_KEY.*OPENAI_BASE_URL"):
         connect(live=True)
     assert psutil.Process().children() == children
-    assert not {*BASE_URL_VARIABLES} & {*os.environ}
+    assert {os.environ[name] for name in BASE_URL_VARIABLES} == {DEAD_ADDRESS}
 
     with mock.patch.object(connection, "_current", upstream):
         connect()
@@ -480,9 +531,10 @@ def test_response_and_headers_are_the_upstreams(
     upstream.configure(requests_per_minute=10**6, burst=3600)
     direct_response = CALLS[kind](direct.with_raw_response)
     via_live = CALLS[kind](client.with_raw_response)
-    assert via_live.headers["x-request-id"] == direct_response.headers["x-request-id"]
-    assert as_received(via_live) == as_received(direct_response)
-    assert request_count(upstream) == 2
+    ids = [entry["request_id"] for entry in settled_journal(upstream)]
+    assert ids == [got.headers["x-request-id"] for got in (direct_response, via_live)]
+    expected = without_ids(as_received(direct_response))
+    assert without_ids(as_received(via_live)) == expected
 
 
 @pytest.mark.parametrize("kind", CALLS)
@@ -491,7 +543,7 @@ def test_async_client_gets_the_upstreams_response(
 ) -> None:
     expected = CALLS[kind](direct).model_dump()
     via_live = run_async(CALLS[kind])
-    assert via_live.model_dump() == expected
+    assert without_ids(via_live.model_dump()) == without_ids(expected)
     assert request_count(upstream) == 2
 
 
@@ -528,7 +580,7 @@ def test_stream_is_forwarded_byte_for_byte(
         CALLS[kind](caller.with_raw_response, stream=True).http_response.read()
         for caller in (direct, client)
     )
-    assert via_live == expected
+    assert without_ids(via_live) == without_ids(expected)
 
 
 @pytest.mark.parametrize(
@@ -550,7 +602,7 @@ def test_upstream_errors_look_the_same_as_without_live_mode(
     upstream.configure(**change)
     expected = outcome(direct)
     assert issubclass(expected[0], openai.APIError | ValueError | AttributeError)
-    assert outcome(client) == expected
+    assert without_ids(outcome(client)) == without_ids(expected)
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 409, 422, 429, 500, 503])
@@ -576,6 +628,20 @@ def test_status_headers_and_error_object_are_forwarded_unchanged(
     )
     assert set(headers) <= set(expected[-1])
     assert via_live == expected
+
+
+def test_compressed_request_is_forwarded_uncompressed(faked: Faked) -> None:
+    body = BODIES["chat"] | token_limit("chat", LIMIT)
+    response = httpx.post(
+        f"{faked.live.url}/v1/chat/completions",
+        content=gzip.compress(json.dumps(body).encode()),
+        headers={"content-encoding": "gzip", "content-type": "application/json"},
+        trust_env=False,
+    )
+    assert response.status_code == 200
+    [request] = faked.upstream.received
+    assert json.loads(request["body"]) == body
+    assert "content-encoding" not in request["headers"]
 
 
 def test_compressed_response_stays_readable(faked: Faked) -> None:
@@ -608,7 +674,7 @@ def test_model_name_and_query_reach_the_upstream_unchanged(faked: Faked) -> None
 
 
 @pytest.mark.parametrize("kind", COUNTED)
-def test_llm_model_changes_only_the_model(
+def test_llm_model_changes_only_the_model_and_not_that_of_embeddings(
     server_thread: ServerThread,
     fake_upstream: tuple[FakeUpstream, str],
     connections: DefaultHttpxClient,
@@ -620,7 +686,8 @@ def test_llm_model_changes_only_the_model(
             client = client_of(url, connections).with_raw_response
             CALLS[kind](client, user="Zoë")
     expected, via_live = (json.loads(call["body"]) for call in upstream.received)
-    assert via_live == {**expected, "model": "custom-model"}
+    model = "custom-model" if kind in GENERATING else MODEL
+    assert via_live == {**expected, "model": model}
 
 
 def test_sdk_retries_reach_the_upstream_and_each_counts_as_a_call(
@@ -688,13 +755,11 @@ def test_cancelling_a_call_before_its_response_cancels_it_upstream(
         with contextlib.suppress(asyncio.CancelledError):
             await call
 
-    run_async(cancel)
+    with measured_cost(live) as cost:
+        run_async(cancel)
     assert [entry["state"] for entry in settled_journal(upstream)] == ["cancelled"]
-
-
-def token_limit(kind: str, limit: int) -> Json:
-    names = {"chat": "max_completion_tokens", "response": "max_output_tokens"}
-    return {names.get(kind, "max_tokens"): limit}
+    assert cost["calls"] == 1
+    assert cost["tokens"] >= LIMIT  # it may be billed in full
 
 
 # Caps
@@ -728,36 +793,417 @@ def test_calls_are_forwarded_up_to_the_cap_and_again_after_raising_it(
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "answer_tokens"),
     [
-        ("completion", {"max_tokens": 100}),
-        ("chat", {"max_tokens": 100}),
-        ("chat", {"max_completion_tokens": 100}),
-        ("response", {"max_output_tokens": 100}),
-        ("completion", {"max_tokens": 25, "n": 4}),
-        ("chat", {"max_tokens": 25, "n": 4}),
-        ("completion", {"max_tokens": 25, "best_of": 4}),
-        ("completion", {"max_tokens": 25, "prompt": [SKY] * 4}),
-        ("completion", {"max_tokens": 25, "prompt": [[1], [2], [3], [4]]}),
-        ("completion", {"max_tokens": 1, "prompt": "word " * 100}),
-        ("completion", {"max_tokens": 1, "prompt": [5] * 100}),
-        ("chat", {"messages": [{"role": "user", "content": "x " * 100}]}),
-        ("response", {"max_output_tokens": 16, "input": "word " * 100}),
-        ("response", {"max_output_tokens": 16, "instructions": "word " * 100}),
-        ("embedding", {"input": "word " * 100}),
-        ("embedding", {"input": ["word " * 50, "word " * 50]}),
-        ("embedding", {"input": [5] * 100}),
-        ("embedding", {"input": [[5] * 50, [5] * 50]}),
+        ("completion", {"max_tokens": 100}, 100),
+        ("chat", {"max_tokens": 100}, 100),
+        ("chat", {"max_tokens": 30, "max_completion_tokens": 100}, 100),
+        ("chat", {"max_tokens": openai.omit, "max_completion_tokens": 100}, 100),
+        ("response", {"max_output_tokens": 100}, 100),
+        ("completion", {"max_tokens": 25, "n": 4}, 100),
+        ("chat", {"max_tokens": 25, "n": 4}, 100),
+        ("completion", {"max_tokens": 25, "n": 2, "best_of": 4}, 100),
+        ("completion", {"max_tokens": 25, "prompt": [SKY] * 4}, 100),
+        ("completion", {"max_tokens": 25, "prompt": [SKY] * 2, "n": 2}, 100),
+        ("completion", {"max_tokens": 25, "prompt": [[1], [2], [3], [4]]}, 100),
+        ("completion", {"max_tokens": 25, "prompt": [5] * 100}, 25),
+        ("completion", {"max_tokens": 25, "prompt": "Почему небо голубое?"}, 25),
+        ("completion", without_limit("completion"), 16),
+        ("chat", without_limit("chat"), 500),
+        ("response", without_limit("response"), 500),
+        ("chat", {"max_tokens": None}, 500),
+        ("chat", without_limit("chat") | {"n": 3}, 1500),
+        ("embedding", {"input": "word " * 100}, 0),
+        ("embedding", {"input": [[5] * 50, [5] * 50]}, 0),
+    ],
+)
+def test_the_bytes_of_a_call_and_its_longest_answer_must_fit_under_the_token_cap(
+    faked: Faked, kind: str, options: Json, answer_tokens: int
+) -> None:
+    def call() -> int:
+        """Make the call; return how many bytes were forwarded."""
+        CALLS[kind](faked.client.with_raw_response, **options)
+        return len(faked.upstream.received[-1]["body"])
+
+    with measured_cost(faked.live) as cost:
+        size = call()
+    assert cost == {"calls": 1, "tokens": size + answer_tokens}
+    leave_room(faked.live, "max_tokens", size + answer_tokens - 1)
+    with pytest.raises(openai.PermissionDeniedError, match="max_tokens="):
+        call()
+    assert len(faked.upstream.received) == 1
+    leave_room(faked.live, "max_tokens", size + answer_tokens)
+    call()
+
+
+class LongAnswers:
+    """Writes answers of 4,000 tokens, or up to the limit that the call names.
+
+    Each prompt has as many tokens as its call has bytes. No answer starts before
+    `started` is set.
+    """
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.used = 0
+
+    async def respond(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        limit = json.loads(raw).get("max_tokens", 4000)
+        usage = {"prompt_tokens": len(raw), "completion_tokens": min(limit, 4000)}
+        usage["total_tokens"] = sum(usage.values())
+        self.used += usage["total_tokens"]
+        await self.started.wait()
+        return web.json_response(chat_body("word " * 4000, usage=usage))
+
+
+def test_120_concurrent_chats_without_a_limit_stay_under_the_token_cap(
+    faked: Faked,
+) -> None:
+    cap, upstream = 50_000, LongAnswers()
+    faked.live.configure(max_tokens=cap, max_calls=120)
+    faked.upstream.respond = upstream.respond
+
+    async def ask_all() -> list[Any]:
+        async with AsyncOpenAI(
+            base_url=f"{faked.live.url}/v1", api_key=SECRET, max_retries=0
+        ) as client:
+            calls = [
+                asyncio.ensure_future(CALLS["chat"](client, **without_limit("chat")))
+                for _ in range(120)
+            ]
+            while len(faked.upstream.received) + sum(c.done() for c in calls) < 120:
+                await asyncio.sleep(0.01)
+            faked.thread.loop.call_soon_threadsafe(upstream.started.set)
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    results = asyncio.run(ask_all())
+    stopped = [r for r in results if isinstance(r, openai.PermissionDeniedError)]
+    answers = [r for r in results if not isinstance(r, BaseException)]
+    assert len(stopped) + len(answers) == 120
+    assert 0 < len(answers) == len(faked.upstream.received) < 120
+    assert cap - 1000 < upstream.used <= cap
+    assert usage_so_far(faked.live)["tokens"] == upstream.used
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", GENERATING)
+def test_call_without_a_limit_gets_one_and_its_response_says_which(
+    client: OpenAI, live: Provider, kind: str, stream: bool
+) -> None:
+    live.configure(max_answer_tokens=20)
+    options = without_limit(kind) | {"stream": stream}
+    response = CALLS[kind](client.with_raw_response, **options).http_response
+    limit = 16 if kind == "completion" else 20  # 16 is the API's own default
+    assert response.headers["x-live-max-tokens"] == str(limit)
+    text = response.read().decode()
+    assert '"finish_reason":"length"' in text or "max_output_tokens" in text
+    response = CALLS[kind](client.with_raw_response, stream=stream).http_response
+    assert "x-live-max-tokens" not in response.headers
+
+
+def test_limit_for_a_response_is_at_least_16_as_openai_requires(faked: Faked) -> None:
+    faked.live.configure(max_answer_tokens=1)
+    post(faked.live, "response", BODIES["response"])
+    assert json.loads(faked.upstream.received[-1]["body"])["max_output_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("api.openai.com", "max_completion_tokens"),
+        ("eu.api.openai.com", "max_completion_tokens"),
+        ("mine.openai.azure.com", "max_completion_tokens"),
+        ("notopenai.com", "max_tokens"),
+        ("openai.com.example", "max_tokens"),
+    ],
+)
+def test_chats_get_the_limit_under_the_name_that_the_upstream_knows(
+    server_thread: ServerThread,
+    fake_upstream: tuple[FakeUpstream, str],
+    host: str,
+    name: str,
+) -> None:
+    upstream, os.environ["HTTP_PROXY"] = fake_upstream
+    with server_thread.forwarding(f"http://{host}/v1") as live:
+        post(live, "chat", BODIES["chat"])
+    assert json.loads(upstream.received[0]["body"]) == {**BODIES["chat"], name: 500}
+
+
+def test_max_completion_tokens_is_repeated_for_upstreams_that_know_only_max_tokens(
+    faked: Faked,
+) -> None:
+    CALLS["chat"](faked.client, max_tokens=openai.omit, max_completion_tokens=70)
+    body = json.loads(faked.upstream.received[0]["body"])
+    assert (body["max_tokens"], body["max_completion_tokens"]) == (70, 70)
+
+
+ODD_COUNTS = [None, True, False, 0, -1, 1, 2, 700, 2**31, 10**30, 0.5, 3.0, 1e300]
+ODD_COUNTS += ["100", "4000", "many", "", [], [5], {}]
+ODD_NAMES = ["max_tokens", "max_completion_tokens", "max_output_tokens", "n"]
+ODD_NAMES += ["best_of", "Max_Tokens", "MAX_COMPLETION_TOKENS", "N"]
+ODD_TEXTS = st.text(max_size=20) | st.sampled_from(['\\"\n\x00', "空" * 50])
+TOKEN_IDS = st.lists(st.integers(0, 200_000), max_size=5)
+ODD_PROMPTS = ODD_TEXTS | TOKEN_IDS | st.lists(ODD_TEXTS | TOKEN_IDS, max_size=5)
+
+
+def read_leniently(value: Any) -> int:
+    """A count as the most lenient server reads it; 4,000 if it finds no limit."""
+    try:
+        count = int(float(value))
+    except (OverflowError, TypeError, ValueError):
+        return 4000
+    return count if count > 0 else 4000
+
+
+def bytes_of_text(value: Any) -> int:
+    """The bytes of all texts in a prompt, and one for each token id."""
+    if isinstance(value, str):
+        return len(value.encode(errors="surrogatepass"))
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(bytes_of_text, value)) if isinstance(value, list) else 1
+
+
+def most_tokens(kind: str, body: Json) -> int:
+    """The most tokens that any server uses for a call.
+
+    It may ignore the case of names, and know all names of a limit or only one.
+    """
+
+    def counts(*names: str) -> list[int]:
+        given = [v for name, v in body.items() if name.lower() in names]
+        return [read_leniently(value) for value in given if value is not None]
+
+    limits = [read_leniently(body.get(LIMIT_NAMES[kind])), *counts(LIMIT_NAMES[kind])]
+    if kind == "chat":
+        limits += counts("max_completion_tokens")
+    choices = max(counts("n", "best_of"), default=1)
+    prompt = body.get("prompt", body.get("input", body.get("messages")))
+    if kind == "completion" and any(type(part) is not int for part in prompt):
+        choices *= len(prompt) if isinstance(prompt, list) else 1
+    return bytes_of_text(prompt) + max(limits) * choices
+
+
+@given(
+    kind=st.sampled_from(GENERATING),
+    odd=st.dictionaries(st.sampled_from(ODD_NAMES), st.sampled_from(ODD_COUNTS)),
+    prompt=ODD_PROMPTS,
+    text=ODD_TEXTS,
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_body_uses_more_tokens_than_are_counted(
+    faked: Faked, kind: str, odd: Json, prompt: Any, text: str
+) -> None:
+    inputs = {
+        "completion": {"prompt": prompt},
+        "chat": {"messages": [{"role": "user", "content": text}]},
+        "response": {"input": text},
+    }
+    faked.live.configure(max_calls=UNREACHED_CAP, max_tokens=UNREACHED_CAP)
+    faked.upstream.received.clear()
+    with measured_cost(faked.live) as cost:
+        response = post(faked.live, kind, {"model": MODEL, **inputs[kind], **odd})
+    if response.status_code == 200:
+        [request] = faked.upstream.received
+        assert cost["tokens"] >= most_tokens(kind, json.loads(request["body"]))
+    else:
+        assert response.status_code in (400, 403)
+        assert faked.upstream.received == []
+        assert cost == {"calls": 0, "tokens": 0}
+
+
+DEEP = b"[" * 150 + b"]" * 150
+TOO_DEEP = b"[" * 10_000 + b"]" * 10_000
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"messages":[],"max_tokens":9,"max_tokens":4000}',
+        b'{"messages":[],"max_tokens":4000,"max_tokens":9}',
+        b'{"messages":[{"role":"user","content":"%b"}]}' % (b"\\u7a7a" * 50),
+        json.dumps({"messages": [], "user": "空" * 50}).encode("utf-16"),
+        '\ufeff{"messages":[]}'.encode(),
+        b'{"messages":%b}' % DEEP,
+        b'{"messages":%b}' % TOO_DEEP,
+        b'{"messages":[],"max_tokens":%b}' % DEEP,
+        b'{"messages":[],"tools":[{"type":%b}]}' % DEEP,
+        b'{"messages":[{"role":"user","content":[{"type":%b}]}]}' % DEEP,
+        b'{"messages":[],"n":1%b}' % (b"0" * 4200),
+        b'{"messages":[],"user":1e999}',
+        b'{"messages":{},"tools":5,"n":null}',
+        b'{"messages":null,"stream":"yes","model":[1]}',
+        b'{"messages":"\xff"}',
+        b'{"messages":"\\ud800"}',
+        b"",
+        b"[]",
+    ],
+    ids=lambda raw: str(raw)[:50],
+)
+def test_odd_bytes_are_refused_or_forwarded_as_they_were_counted(
+    faked: Faked, raw: bytes
+) -> None:
+    with measured_cost(faked.live) as cost:
+        response = post(faked.live, "chat", raw)
+    if response.status_code == 200:
+        [body] = [request["body"] for request in faked.upstream.received]
+        limits = dict(json.loads(body, object_pairs_hook=list))
+        assert body.count(b'"max_tokens"') == 1
+        assert cost["tokens"] == len(body) + limits["max_tokens"]
+    else:
+        assert response.status_code in (400, 403)
+        assert cost == {"calls": 0, "tokens": 0}
+
+
+def user_part(part: Any) -> Json:
+    return {"messages": [{"role": "user", "content": [part]}]}
+
+
+def input_item(**item: Any) -> Json:
+    return {"input": [{"role": "user", "content": SKY}, item]}
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+INPUT_IMAGE = {"type": "input_image", "image_url": "https://example.com/a.png"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "param"),
+    [
+        ("response", {"previous_response_id": "resp_1"}, "previous_response_id"),
+        ("response", {"Previous_Response_Id": "resp_1"}, "Previous_Response_Id"),
+        ("response", {"conversation": "conv_1"}, "conversation"),
+        ("response", {"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ("response", {"background": True}, "background"),
+        (
+            "response",
+            {"context_management": [{"type": "compaction"}]},
+            "context_management",
+        ),
+        ("response", {"tools": [{"type": "web_search"}]}, "tools[0]"),
+        (
+            "response",
+            {"tools": [{"type": "function", "name": "f"}, {"type": "mcp"}]},
+            "tools[1]",
+        ),
+        ("response", input_item(type="item_reference", id="msg_1"), "input[1]"),
+        ("response", input_item(type="reasoning", id="rs_1", summary=[]), "input[1]"),
+        ("response", input_item(type="computer_call_output"), "input[1]"),
+        ("response", input_item(id="msg_1"), "input[1]"),
+        (
+            "response",
+            input_item(role="user", content=[INPUT_IMAGE]),
+            "input[1].content[0]",
+        ),
+        (
+            "response",
+            input_item(role="user", content=[{"type": "input_file", "file_id": "f"}]),
+            "input[1].content[0]",
+        ),
+        (
+            "response",
+            input_item(type="function_call_output", call_id="c", output=[INPUT_IMAGE]),
+            "input[1].output[0]",
+        ),
+        ("chat", {"web_search_options": {}}, "web_search_options"),
+        ("chat", {"prediction": {"type": "content"}}, "prediction"),
+        ("chat", {"modalities": ["text", "audio"]}, "modalities"),
+        ("chat", user_part(IMAGE), "messages[0].content[0]"),
+        ("chat", user_part({"type": "input_audio"}), "messages[0].content[0]"),
+        ("chat", user_part({"type": "file"}), "messages[0].content[0]"),
+        ("chat", user_part({"image_url": "a"}), "messages[0].content[0]"),
+        (
+            "chat",
+            {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]},
+            "messages[0]",
+        ),
+        ("embedding", {"input": [{"image": "https://example.com"}]}, "input[0]"),
+        ("embedding", user_part(IMAGE), "messages[0].content[0]"),
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_prompt_and_longest_possible_answer_must_fit_under_the_token_cap(
-    client: OpenAI, live: Provider, upstream: Provider, kind: str, options: Json
+def test_call_whose_tokens_cannot_be_bounded_gets_a_403_and_is_not_sent(
+    faked: Faked, kind: str, options: Json, param: str
 ) -> None:
-    leave_room(live, "max_tokens", 99)
-    with pytest.raises(openai.PermissionDeniedError, match="max_tokens="):
-        CALLS[kind](client, **options)
-    assert request_count(upstream) == 0
+    response = post(faked.live, kind, BODIES[kind] | options)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (403, "live_cap")
+    assert error["param"] == param
+    assert f"live mode can't limit the cost of '{param}'" in error["message"]
+    assert faked.upstream.received == []
+    assert usage_so_far(faked.live) == {"calls": 0, "tokens": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("chat", user_part({"type": "text", "text": SKY})),
+        ("chat", {"tools": [{"type": "function"}, {"type": "custom"}, {"name": "f"}]}),
+        ("chat", {"store": True, "modalities": ["text"], "web_search_options": None}),
+        ("chat", {"messages": [*MESSAGES, {"role": "assistant", "content": None}]}),
+        ("chat", {"unknown_parameter": {"of": ["a", "gateway"]}}),
+        ("response", {"store": True, "background": False, "conversation": None}),
+        ("response", input_item(role="user", content=[{"type": "input_text"}])),
+        ("response", input_item(type="function_call", name="f", arguments="{}")),
+        ("response", input_item(type="function_call_output", output="done")),
+        (
+            "response",
+            input_item(type="function_call_output", output=[{"type": "input_text"}]),
+        ),
+        ("response", input_item(type="custom_tool_call_output", output="done")),
+        ("response", input_item(type="reasoning", encrypted_content="a")),
+        (
+            "response",
+            input_item(type="reasoning", content=[{"type": "reasoning_text"}]),
+        ),
+        ("embedding", {"background": False, "input": [SKY, SKY]}),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_call_whose_tokens_can_be_bounded_is_forwarded(
+    faked: Faked, kind: str, options: Json
+) -> None:
+    body = BODIES[kind] | options
+    if kind in GENERATING:
+        body |= token_limit(kind, LIMIT)
+    assert post(faked.live, kind, body).status_code == 200
+    assert json.loads(faked.upstream.received[0]["body"]) == body
+
+
+@pytest.mark.parametrize(
+    ("usage", "options", "answer_tokens"),
+    [
+        ({"prompt_tokens": 9, "completion_tokens": 4000}, {}, 4000),
+        ({"prompt_tokens": 9, "completion_tokens": 4000}, {"n": 2}, 2000),
+        ({"prompt_tokens": 9, "total_tokens": 4009}, {}, 4000),
+    ],
+)
+def test_upstream_that_ignores_the_limit_has_its_longest_answer_reserved_later(
+    faked: Faked, usage: Json, options: Json, answer_tokens: int
+) -> None:
+    body = BODIES["chat"] | token_limit("chat", LIMIT)
+    faked.upstream.respond = respond_with(chat_body(SKY, usage=usage))
+    with measured_cost(faked.live) as cost:
+        post(faked.live, "chat", body | options)
+    assert cost["tokens"] == 4009
+    faked.upstream.respond = respond_with(chat_body(SKY))
+    with measured_cost(faked.live) as cost:
+        post(faked.live, "chat", body)
+    assert cost["tokens"] == len(faked.upstream.received[-1]["body"]) + answer_tokens
+
+
+def test_upstream_that_adds_to_the_prompt_has_its_addition_reserved_later(
+    faked: Faked,
+) -> None:
+    body = BODIES["chat"] | token_limit("chat", LIMIT)
+    usage = {"prompt_tokens": 5000, "completion_tokens": 3, "total_tokens": 5003}
+    faked.upstream.respond = respond_with(chat_body(SKY, usage=usage))
+    post(faked.live, "chat", body)
+    faked.upstream.respond = respond_with(chat_body(SKY))
+    with measured_cost(faked.live) as cost:
+        post(faked.live, "chat", body)
+    assert cost["tokens"] == 5000 + LIMIT
 
 
 def fifty_at_once(**options: Any) -> list[Any]:
@@ -787,11 +1233,11 @@ def test_fifty_concurrent_calls_never_exceed_the_call_cap(
 def test_fifty_concurrent_calls_never_exceed_the_token_cap(
     live: Provider, upstream: Provider
 ) -> None:
-    leave_room(live, "max_tokens", 100)
+    leave_room(live, "max_tokens", 1000)
     answers = fifty_at_once(max_tokens=20)
-    assert len(answers) == request_count(upstream)
+    assert 0 < len(answers) == request_count(upstream)
     stats = upstream.ask("/_provider/stats")
-    assert 0 < stats["prompt_tokens"] + stats["completion_tokens"] <= 100
+    assert 0 < stats["prompt_tokens"] + stats["completion_tokens"] <= 1000
 
 
 @pytest.mark.parametrize("kind", COUNTED)
@@ -818,30 +1264,49 @@ def test_tokens_of_a_stream_are_counted_from_its_usage(
     assert cost == {"calls": 1, "tokens": total}
 
 
-@pytest.mark.parametrize("kind", ["completion", "chat"])
-def test_tokens_of_a_stream_without_usage_are_counted_from_its_events(
-    client: OpenAI, direct: OpenAI, live: Provider, kind: str
+async def stream_without_usage(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await response.prepare(request)
+    await response.write(b'data: {"choices":[]}\n\ndata: [DONE]\n\n')
+    return response
+
+
+def respond_with_status(status: int) -> Handler:
+    return respond_with({"error": {"message": "No."}}, status=status)
+
+
+@pytest.mark.parametrize(
+    ("respond", "counted"),
+    [
+        *((respond_with_status(status), False) for status in (400, 401, 404, 422, 429)),
+        *((respond_with_status(status), True) for status in (500, 502, 503, 504)),
+        (respond_with({}, status=307, headers={"location": DEAD_ADDRESS}), True),
+        (respond_with(chat_body(SKY)), True),
+        (respond_with(chat_body(SKY, usage=None)), True),
+        (respond_with(chat_body(SKY, usage={"prompt_tokens": 9})), True),
+        (respond_with(chat_body('"prompt_tokens":1,"total_tokens":1}')), True),
+        (stream_without_usage, True),
+        (disconnect_midway, True),
+    ],
+)
+def test_call_without_reported_usage_counts_in_full_unless_the_upstream_refused_it(
+    faked: Faked, respond: Handler, counted: bool
 ) -> None:
-    total = CALLS[kind](direct).usage.total_tokens
-    with measured_cost(live) as cost:
-        list(CALLS[kind](client, stream=True))
-    assert total <= cost["tokens"] <= total + 5
+    faked.upstream.respond = respond
+    with contextlib.suppress(httpx.TransportError):
+        post(faked.live, "chat", BODIES["chat"])
+    size = len(faked.upstream.received[0]["body"])
+    tokens = (size + 500) * counted
+    assert usage_so_far(faked.live) == {"calls": 1, "tokens": tokens}
 
 
-def test_response_without_usage_still_counts_tokens(faked: Faked) -> None:
-    text = "word " * 200
-    faked.upstream.respond = respond_with(chat_body(text))
-    CALLS["chat"](faked.client)
-    assert usage_so_far(faked.live)["tokens"] >= len(tokens(text))
-
-
-def test_upstream_error_counts_as_a_call_without_tokens(
-    client: OpenAI, live: Provider, upstream: Provider
+def test_journal_estimates_the_prompt_of_a_call_without_reported_usage(
+    faked: Faked,
 ) -> None:
-    upstream.configure(faults={"error_500": 1.0})
-    with measured_cost(live) as cost, pytest.raises(openai.InternalServerError):
-        CALLS["chat"](client)
-    assert cost == {"calls": 1, "tokens": 0}
+    faked.upstream.respond = stream_without_usage
+    list(CALLS["chat"](faked.client, stream=True))
+    [entry] = settled_journal(faked.live)
+    assert 0 < entry["prompt_tokens"] < 10
 
 
 def test_listing_models_is_free_and_works_at_the_cap(
@@ -929,7 +1394,13 @@ def test_upstream_without_tls_gives_a_502_with_advice_and_costs_nothing(
 
 
 @pytest.mark.parametrize(
-    "address", ["localhost:8001/v1", "user:hidden@localhost:8001/v1", "nonsense"]
+    "address",
+    [
+        "localhost:8001/v1",
+        "user:hidden@localhost:8001/v1",
+        "http://user:hidden@127.0.0.1:99999/v1",
+        "nonsense",
+    ],
 )
 def test_invalid_upstream_address_gives_a_502_with_advice_and_costs_nothing(
     server_thread: ServerThread,
@@ -1029,6 +1500,98 @@ def test_connect_timeout_costs_nothing(
     assert_explains_what_to_do(caught.value, "127.0.0.1")
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="other systems reset when the backlog is full"
+)
+def test_client_that_hangs_up_before_the_call_is_sent_is_not_charged(
+    server_thread: ServerThread, connections: DefaultHttpxClient
+) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=0) as full,
+        socket.create_connection(full.getsockname()),  # fills the backlog
+        server_thread.forwarding(
+            f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+        ) as live,
+    ):
+        client = client_of(live.url, connections).with_options(timeout=0.5)
+        with pytest.raises(openai.APITimeoutError):
+            CALLS["chat"](client)
+        [entry] = settled_journal(live)
+        assert entry["state"] == "cancelled"
+        assert usage_so_far(live) == {"calls": 0, "tokens": 0}
+
+
+def test_unexpected_error_before_anything_is_sent_gives_a_502_and_costs_nothing(
+    faked: Faked,
+) -> None:
+    with (
+        mock.patch("aiohttp.ClientRequest.send", side_effect=ValueError(SECRET)),
+        pytest.raises(openai.InternalServerError, match="ValueError") as caught,
+    ):
+        CALLS["chat"](faked.client)
+    assert caught.value.status_code == 502
+    assert SECRET not in str(caught.value)
+    assert usage_so_far(faked.live) == {"calls": 0, "tokens": 0}
+
+
+# Proxies and .netrc
+
+
+def test_netrc_is_not_read(
+    server_thread: ServerThread,
+    fake_upstream: tuple[FakeUpstream, str],
+    connections: DefaultHttpxClient,
+    tmp_path: Path,
+) -> None:
+    upstream, url = fake_upstream
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login someone password hidden\n")
+    netrc.chmod(0o600)
+    os.environ["NETRC"] = str(netrc)
+    for address, proxy in (url, ""), ("http://upstream.invalid", url):
+        os.environ["HTTP_PROXY"] = proxy
+        with server_thread.forwarding(f"{address}/v1") as live:
+            CALLS["chat"](client_of(live.url, connections))
+        headers = upstream.received.pop()["headers"]
+        assert headers["authorization"] == f"Bearer {SECRET}"
+        assert "proxy-authorization" not in headers
+
+
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_proxy_in_the_environment_is_used_with_its_login(
+    server_thread: ServerThread,
+    fake_upstream: tuple[FakeUpstream, str],
+    connections: DefaultHttpxClient,
+    scheme: str,
+) -> None:
+    upstream, url = fake_upstream
+    os.environ["HTTP_PROXY"] = url.replace("http://", f"{scheme}someone:hidden@")
+    with server_thread.forwarding("http://upstream.invalid/v1") as live:
+        CALLS["chat"](client_of(live.url, connections))
+    [request] = upstream.received
+    basic = base64.b64encode(b"someone:hidden").decode()
+    assert request["headers"]["proxy-authorization"] == f"Basic {basic}"
+    assert request["headers"]["authorization"] == f"Bearer {SECRET}"
+    assert request["line"].startswith("POST http://upstream.invalid/v1/chat")
+
+
+def test_upstream_in_no_proxy_is_called_without_the_proxy(faked: Faked) -> None:
+    os.environ |= {"HTTP_PROXY": DEAD_ADDRESS, "NO_PROXY": "127.0.0.1"}
+    CALLS["chat"](faked.client)
+
+
+def test_all_proxy_is_ignored(faked: Faked) -> None:
+    os.environ["ALL_PROXY"] = "socks5://127.0.0.1:9"
+    CALLS["chat"](faked.client)
+
+
+def test_socks_proxy_gives_a_502_and_costs_nothing(faked: Faked) -> None:
+    os.environ["HTTP_PROXY"] = "socks5://127.0.0.1:9"
+    with pytest.raises(openai.InternalServerError, match="proxy isn't an http://"):
+        CALLS["chat"](faked.client)
+    assert usage_so_far(faked.live) == {"calls": 0, "tokens": 0}
+
+
 # Secrets
 
 
@@ -1126,7 +1689,7 @@ def test_journal_entry_matches_the_upstreams_own(
         list(CALLS[kind](client, stream=True, **include_usage(kind)))
     else:
         CALLS[kind](client)
-    ignored = {"number", "arrival", "first_byte", "end", "request_id"}
+    ignored = {"number", "changed", "arrival", "first_byte", "end", "request_id"}
     [live_call], [upstream_call] = (
         [
             {name: value for name, value in entry.items() if name not in ignored}

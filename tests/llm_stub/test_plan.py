@@ -12,7 +12,7 @@ from openai.types import Completion
 from helpers.connection import Provider
 from llm_stub.plan import Pace, choose_fault, choose_pace
 from llm_stub.settings import Fault, Settings
-from tests.llm_stub.conftest import AskForIds, finished_attempts, ids_of
+from tests.llm_stub.conftest import finished_attempts, without_ids
 
 PROMPTS = [f"What is {number} times {number}?" for number in range(500)]
 DEFAULTS = Settings()
@@ -200,37 +200,57 @@ def test_faults_by_prompt_override_the_rates_even_after_the_last_entry() -> None
     assert choose_fault(settings, "How?", 1) == "reset"
 
 
-# Ids
+# Answers
 
 
-def test_ids_do_not_depend_on_order_or_concurrency(
-    provider: Provider, ask_for_ids: AskForIds
+def test_text_and_latency_do_not_depend_on_order_or_concurrency(
+    provider: Provider, client: OpenAI
 ) -> None:
-    provider.configure(first_token=0.05, per_token=0, jitter=1)
+    settings = {"first_token": 0.1, "per_token": 0, "jitter": 1}
+    provider.configure(**settings)
 
     async def ask_concurrently(prompts: list[str]) -> list[Completion]:
         async with AsyncOpenAI(max_retries=0) as client:
-            calls = [client.completions.create(model="m", prompt=p) for p in prompts]
+            calls = [
+                client.completions.create(model="m", prompt=prompt, max_tokens=99)
+                for prompt in prompts
+            ]
             return await asyncio.gather(*calls)
 
     prompts = PROMPTS[:10]
-    completions = asyncio.run(ask_concurrently(prompts[::-1]))[::-1]
-    assert [ask_for_ids(prompt) for prompt in prompts] == [
-        ids_of(completion) for completion in completions
+    concurrent = asyncio.run(ask_concurrently(prompts[::-1]))[::-1]
+    sequential = [
+        client.completions.create(model="m", prompt=prompt, max_tokens=99)
+        for prompt in prompts
     ]
-    assert len({completion.id for completion in completions}) == len(prompts)
-    assert len({completion.created for completion in completions}) == len(prompts)
+    assert without_ids(concurrent) == without_ids(sequential)
+    assert len({body.choices[0].text for body in sequential}) == len(prompts)
+    for entry in finished_attempts(provider):
+        expected = choose_pace(Settings(**settings), entry["prompt"], 1).first_token
+        assert expected <= entry["end"] - entry["arrival"] < expected + 0.5
 
 
-def test_ids_depend_only_on_seed_prompt_and_attempt(
-    provider: Provider, ask_for_ids: AskForIds
+@pytest.mark.parametrize(
+    ("changes", "headers"),
+    [
+        ({"seed": 1}, {}),
+        ({"first_token": 0.01, "jitter": 0.9, "models": ["m"]}, {}),
+        ({"faults": {"slow": 1}, "slow": 0.01, "tail": 1}, {}),
+        ({}, {"x-stainless-retry-count": "1"}),
+    ],
+    ids=["seed", "settings", "fault", "attempt"],
+)
+def test_answer_depends_only_on_the_prompt(
+    provider: Provider, client: OpenAI, changes: Any, headers: dict[str, str]
 ) -> None:
+    def ask(prompt: str = "Why?", **options: Any) -> Any:
+        body = client.completions.create(
+            model="m", prompt=prompt, max_tokens=99, **options
+        )
+        return without_ids(body)
+
     provider.configure(first_token=0, per_token=0)
-    first = ask_for_ids("Why?")
-    others = [ask_for_ids("How?"), ask_for_ids("Why?", attempt=2)]
-    with provider.behaving(seed=1):
-        others.append(ask_for_ids("Why?"))
-    for other in others:
-        assert not set(other) & set(first)
-    with provider.behaving(first_token=0.01, jitter=0.9, models=["m"]):
-        assert ask_for_ids("Why?") == first
+    expected = ask()
+    assert ask("How?") != expected
+    provider.configure(**changes)
+    assert ask(extra_headers=headers) == expected

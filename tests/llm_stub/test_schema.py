@@ -2,10 +2,14 @@ import datetime
 import enum
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from decimal import Decimal
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 from uuid import UUID
 
@@ -13,10 +17,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from pydantic import AnyUrl, BaseModel, Field, create_model
+from pydantic import (
+    UUID4,
+    AnyUrl,
+    Base64Bytes,
+    BaseModel,
+    Field,
+    SecretStr,
+    create_model,
+)
 
-from llm_stub.api.schema import FORMATS, KEYWORDS, UnsupportedError, instance
+from llm_stub.api import schema as api_schema
+from llm_stub.api.errors import ApiError
+from llm_stub.api.schema import FORMATS, KEYWORDS, UnsupportedError, check_schema
 
+instance = partial(api_schema.instance, strict=True)
+lenient_instance = partial(api_schema.instance, strict=False)
 PROMPT = "Take 3, -4.5 and 120 of 'Ada' and \"Grace Hopper\", in green."
 PROMPTS = ["", PROMPT]
 property_test = settings(deadline=None, derandomize=True, max_examples=100)
@@ -434,7 +450,8 @@ def test_enum_value_that_the_prompt_mentions_is_chosen(
 @pytest.mark.parametrize(
     ("schema", "name"),
     [
-        ({"type": "string", "pattern": "^a"}, "pattern"),
+        ({"type": "string", "pattern": "^a(?=b)c$"}, "^a(?=b)c$"),
+        ({"type": "string", "pattern": "("}, "("),
         ({"type": "string", "format": "regex"}, "regex"),
         ({"type": "string", "format": "date", "maxLength": 3}, "date"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
@@ -610,6 +627,181 @@ def test_schema_with_500_levels_is_an_error(wrap: Any) -> None:
         instance(schema, PROMPT)
 
 
+# Schemas that aren't strict: OpenAI's models may ignore some of their keywords
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+
+
+class Shop(BaseModel):
+    pet: Annotated[Cat | Dog, Field(discriminator="kind")]
+    tags: set[str]
+    code: Annotated[str, Field(pattern=r"^[A-Z]{2}-\d{4}$")]
+    prices: dict[Literal["small", "large"], float]
+    stock: Annotated[dict[str, int], Field(min_length=2)]
+    logo: bytes
+    folder: Path
+    price: Decimal
+    secret: SecretStr
+    pair: tuple[int, str]
+    numbers: Annotated[set[int], Field(min_length=3)]
+    shares: Annotated[set[float], Field(min_length=2, max_length=2)]
+    sizes: Annotated[set[Literal["small", "large"]], Field(min_length=2)]
+    number: UUID4
+    picture: Base64Bytes
+    word: Annotated[str, Field(pattern=r"^\w+$", min_length=5)]
+    anything: Any
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["no prompt", "prompt"])
+def test_pydantic_accepts_the_instance_of_a_lenient_schema(prompt: str) -> None:
+    value = lenient_instance(Shop.model_json_schema(), prompt)
+    shop = Shop.model_validate_json(json.dumps(value))
+    assert len(shop.stock) == 2
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "minProperties": 2, "patternProperties": {"^a": {}}},
+        {"type": "array", "items": True, "minItems": 1, "contains": {}},
+        {"allOf": [object_of(a=TEXT), object_of(b=INTEGER)]},
+        {"oneOf": [TEXT, INTEGER], "description": "either"},
+        {"type": "string", "format": "path"},
+        {"type": "object", "required": ["a"]},
+        {"type": "string", "if": {}, "then": {}},
+    ],
+    ids=str,
+)
+def test_lenient_schema_gets_a_valid_instance(schema: Json) -> None:
+    assert_valid(schema, lenient_instance(schema, PROMPT))
+
+
+def test_lenient_schema_with_an_unknown_pattern_gets_any_text() -> None:
+    for pattern in ("^a(?=b)c$", r"^\p{L}+$", "("):
+        text = lenient_instance({"type": "string", "pattern": pattern}, "")
+        assert isinstance(text, str)
+
+
+# Patterns
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^[A-Z]{2}\d{4}$",
+        r"^[^a-z\s]+$",
+        r"^(red|green)( light)?$",
+        r"^\+?[0-9 ]{5,}$",
+        # Zod 4's patterns for e-mail addresses and UUIDs
+        r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9]"
+        r"[A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+        r"^([0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[1-8][0-9a-fA-F]{3}-[89abAB]"
+        r"[0-9a-fA-F]{3}-[0-9a-fA-F]{12})$",
+    ],
+)
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["no prompt", "prompt"])
+def test_text_matches_its_pattern(pattern: str, prompt: str) -> None:
+    text = instance({"type": "string", "pattern": pattern}, prompt)
+    assert re.search(pattern, text)
+
+
+def test_quoted_text_that_matches_the_pattern_is_chosen() -> None:
+    schema = {"type": "string", "pattern": "^[A-Z]"}
+    assert instance(schema, "from 'here' to 'There'") == "There"
+
+
+def test_text_for_a_pattern_is_the_same_in_every_process() -> None:
+    code = (
+        "from llm_stub.api.schema import text_matching\n"
+        "import re\n"
+        "print(text_matching(re.compile(r'^[^abc]{9}\\w+$'), 'seed'))"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(texts) == 1
+
+
+def test_format_and_pattern_are_both_satisfied() -> None:
+    pattern = r"^[0-9a-f-]{36}$"
+    schema = {"type": "string", "format": "uuid", "pattern": pattern}
+    assert UUID(instance(schema, ""))
+
+
+# What OpenAI refuses, whether or not the schema's function is called
+
+
+def refusal(schema: Json, *, strict: bool) -> str:
+    with pytest.raises(ApiError) as error:
+        check_schema(schema, "function 'f'", "tools[0].parameters", strict=strict)
+    assert error.value.status == 400
+    details: Json = error.value.body["error"]
+    assert details["code"] == "invalid_function_parameters"
+    assert details["param"] == "tools[0].parameters"
+    return str(details["message"])
+
+
+CLOSED: Json = {**object_of(a=TEXT), "additionalProperties": False}
+
+
+@pytest.mark.parametrize("schema", [{}, CLOSED, Person.model_json_schema()], ids=str)
+def test_lenient_check_accepts_any_object(schema: Json) -> None:
+    check_schema(schema, "function 'f'", "tools[0].parameters", strict=False)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("schema", [TEXT, {"anyOf": [CLOSED]}], ids=str)
+def test_root_must_be_an_object(schema: Json, strict: bool) -> None:
+    message = refusal(schema, strict=strict)
+    assert "schema must be a JSON Schema of 'type: \"object\"'" in message
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (object_of(a=TEXT), "In context=(), 'additionalProperties' is required"),
+        ({**CLOSED, "required": []}, "Missing 'a'"),
+        (
+            {**CLOSED, "properties": {"a": object_of(b=TEXT)}},
+            "In context=('properties', 'a'), 'additionalProperties' is required",
+        ),
+        (
+            {**CLOSED, "properties": {"a": {"oneOf": [TEXT]}}},
+            "In context=('properties', 'a'), 'oneOf' is not permitted",
+        ),
+        (
+            {**CLOSED, "properties": {"a": {"type": "array", "items": {"not": {}}}}},
+            "In context=('properties', 'a', 'items'), 'not' is not permitted",
+        ),
+        (
+            {**CLOSED, "$defs": {"x": {"anyOf": [{"allOf": [TEXT]}]}}},
+            "In context=('$defs', 'x', 'anyOf', '0'), 'allOf' is not permitted",
+        ),
+        (
+            {**CLOSED, "properties": {"a": {"type": "string", "format": "uri"}}},
+            "In context=('properties', 'a'), 'uri' is not a valid format",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_strict_schema_is_refused_in_openais_words(schema: Json, message: str) -> None:
+    assert message in refusal(schema, strict=True)
+    check_schema(schema, "function 'f'", "tools[0].parameters", strict=False)
+
+
 def doubling(times: int) -> Json:
     """A short schema whose instance has 2 to the power of `times` values."""
     pairs = {
@@ -638,7 +830,7 @@ from llm_stub.api.schema import UnsupportedError, instance
 schema, prompt = json.load(sys.stdin)
 tracemalloc.start()
 try:
-    instance(schema, prompt)
+    instance(schema, prompt, strict=True)
 except UnsupportedError:
     pass
 print(tracemalloc.get_traced_memory()[1])
@@ -665,6 +857,8 @@ print(tracemalloc.get_traced_memory()[1])
         pytest.param(
             {**LONG_ARRAY, "items": TEXT}, LONG_PROMPT, id="array, long prompt"
         ),
+        pytest.param({**TEXT, "pattern": "(((a{99}){99}){99}){99}"}, "", id="pattern"),
+        pytest.param({**TEXT, "pattern": r"^(\w+\s?)*$"}, "", id="slow pattern"),
         pytest.param({"enum": WORDS}, LONG_PROMPT, id="enum, long prompt"),
     ],
 )

@@ -226,6 +226,16 @@ def test_environment_is_recreated_after_it_was_deleted(project: Project) -> None
 
 @posix_only
 @with_and_without_uv
+def test_environment_is_recreated_after_the_folder_was_moved(project: Project) -> None:
+    project.run("lab")
+    project.root = project.root.rename(project.root.with_name("moved"))
+    for _ in range(2):
+        assert project.run("lab").exit_code == 0
+    assert project.environments_created == 2
+
+
+@posix_only
+@with_and_without_uv
 def test_failed_installation_gives_one_message_and_is_retried_by_the_next_run(
     project: Project,
 ) -> None:

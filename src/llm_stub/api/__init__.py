@@ -3,6 +3,7 @@
 from .chat import Chat
 from .completions import Completion
 from .embeddings import Embedding
+from .parameters import PARAMETERS
 from .requests import Call, read
 from .responses import Response
 
@@ -16,4 +17,4 @@ ENDPOINTS: dict[str, type[Call]] = {
 
 def read_call(path: str, raw: bytes) -> Call:
     """Read a request to one of ENDPOINTS; raises ApiError 400 if it's invalid."""
-    return read(ENDPOINTS[path], raw)
+    return read(ENDPOINTS[path], raw, PARAMETERS[path])

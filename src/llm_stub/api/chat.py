@@ -1,38 +1,45 @@
 """POST /v1/chat/completions: messages, function tools and response formats."""
 
-from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from propcache.api import cached_property
 from pydantic import Field, model_validator
 
 from ..answers import answer
-from .completions import WithChoices
-from .errors import Json
-from .requests import ApiObject, Choice, Limit, cut
-from .schema import Schema, json_object, json_text
-from .tools import Function, call_function, call_id, choose_function
+from .completions import Penalties, WithChoices
+from .errors import ApiError, Json
+from .requests import ApiObject, Choice, Conversation, Effort, Limit, Name, cut
+from .schema import Schema, check_schema, json_object, json_text
+from .tools import (
+    Function,
+    FunctionChoice,
+    FunctionTool,
+    call_functions,
+    call_id,
+    check_functions,
+    choose_functions,
+)
 
+MAX_TOOLS = 128
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
 
-class Tool(ApiObject):
-    """A function tool; the stub has no hosted tools."""
+class Tool(FunctionTool):
+    """A function tool, as chats write it."""
 
-    type: Literal["function"]
     function: Function
 
 
-class Name(ApiObject):
+class Named(ApiObject):
     """The name of a function."""
 
-    name: str
+    name: Name
 
 
-class Forced(ApiObject):
-    """The tool that must be called."""
+class Forced(FunctionChoice):
+    """The choice of a function, as chats write it."""
 
-    type: Literal["function"]
-    function: Name
+    function: Named
 
 
 class Format(ApiObject):
@@ -55,10 +62,19 @@ class Part(ApiObject):
     text: str = ""
 
 
+class Arguments(ApiObject):
+    """The function that the model called, and its arguments as JSON text."""
+
+    name: Name
+    arguments: str
+
+
 class Called(ApiObject):
     """A call that the model made earlier."""
 
     id: str
+    type: Literal["function"]
+    function: Arguments
 
 
 class Message(ApiObject):
@@ -66,7 +82,8 @@ class Message(ApiObject):
 
     role: Role
     content: str | list[Part] | None = None
-    tool_calls: list[Called] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[Called], Field(min_length=1)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -75,6 +92,8 @@ class Message(ApiObject):
             raise ValueError(f"a message with role '{self.role}' needs 'content'")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message with role 'tool' needs 'tool_call_id'")
+        if self.role == "function" and self.name is None:
+            raise ValueError("a message with role 'function' needs 'name'")
         return self
 
     @property
@@ -85,30 +104,58 @@ class Message(ApiObject):
         return self.content or ""
 
 
-class Chat(WithChoices):
+class Chat(Conversation, Penalties, WithChoices):
     """POST /v1/chat/completions"""
 
     PREFIX, KIND, KIND_OF_EVENT = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Limit | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = (
+        None
+    )
     tool_choice: Literal["none", "auto", "required"] | Forced | None = None
     response_format: Format | None = None
-    metadata: dict[str, str] | None = None
+    reasoning_effort: Effort | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
     @model_validator(mode="after")
-    def _answers_a_call(self) -> Self:
-        called: set[str | None] = set()
-        for index, message in enumerate(self.messages):
-            if message.tool_calls:
-                called.update(call.id for call in message.tool_calls)
-            if message.role == "tool" and message.tool_call_id not in called:
-                raise ValueError(
-                    f"messages[{index}].tool_call_id: no earlier message has "
-                    f"'tool_calls' with the id '{message.tool_call_id}'"
-                )
+    def _is_consistent(self) -> Self:
+        if self.max_tokens and self.max_completion_tokens:
+            raise ValueError(
+                "Setting 'max_tokens' and 'max_completion_tokens' at the same time is "
+                "not supported"
+            )
+        if self.parallel_tool_calls is not None and not self.tools:
+            raise ValueError(
+                "'parallel_tool_calls' is only allowed when 'tools' are specified"
+            )
+        if any(one.tool_calls or one.role == "tool" for one in self.messages):
+            _check_tool_messages(self.messages)
         return self
+
+    def check(self) -> None:
+        check_functions(
+            [tool.function for tool in self.tools or ()],
+            "tools[{}].function.parameters",
+        )
+        wanted = self.response_format
+        if wanted and wanted.json_schema:
+            format_ = wanted.json_schema
+            check_schema(
+                format_.schema_,
+                f"response_format '{format_.name}'",
+                "response_format",
+                strict=bool(format_.strict),
+            )
+
+    def context_length_exceeded(self, limit: int, prompt_tokens: int) -> ApiError:
+        message = (
+            f"This model's maximum context length is {limit} tokens. However, your "
+            f"messages resulted in {prompt_tokens} tokens. Please reduce the length of "
+            "the messages."
+        )
+        return ApiError(400, message, "messages", "context_length_exceeded")
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -134,18 +181,23 @@ class Chat(WithChoices):
     def reply(self, question: str) -> Choice:
         forced = self.tool_choice
         name = forced.function.name if isinstance(forced, Forced) else None
-        function = choose_function(
+        functions = choose_functions(
             [tool.function for tool in self.tools or ()],
             name or (forced if isinstance(forced, str) else "auto"),
             question,
             done=self.messages[-1].role == "tool",
+            parallel=self.parallel_tool_calls is not False,
         )
-        if function:
-            return call_function(function, question, self.limit, named=bool(name))
+        if functions:
+            return call_functions(functions, question, self.limit, named=bool(name))
         wanted = self.response_format
         if wanted and wanted.json_schema:
-            schema = wanted.json_schema.schema_
-            text = json_text(schema, question, "response_format.json_schema.schema")
+            text = json_text(
+                wanted.json_schema.schema_,
+                question,
+                "response_format.json_schema.schema",
+                strict=bool(wanted.json_schema.strict),
+            )
         elif wanted and wanted.type == "json_object":
             text = json_object(self.prompts[0], question)
         else:
@@ -153,35 +205,79 @@ class Chat(WithChoices):
         return cut(text, self.limit, self.stop)
 
     def head(self, key: str, kind: str) -> Json:
-        return {**super().head(key, kind), "service_tier": "default"}
+        return {**super().head(key, kind), "service_tier": self.tier}
 
-    def whole(self, choice: Choice, key: str) -> Json:
+    def whole(self, choice: Choice, index: int, key: str) -> Json:
         message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
-        if choice.function:
-            call = {"name": choice.function, "arguments": choice.text}
+        if choice.calls:
             message["content"] = None
             message["tool_calls"] = [
-                {"id": call_id(key), "type": "function", "function": call}
+                {
+                    "id": _call_id(key, index, position),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for position, call in enumerate(choice.calls)
             ]
         return {"message": {**message, "annotations": []}}
 
-    def opening(self, choice: Choice, key: str) -> list[Json]:
-        delta: Json = {"role": "assistant", "content": "", "refusal": None}
-        if choice.function:
-            call = {"name": choice.function, "arguments": ""}
-            delta["content"] = None
-            delta["tool_calls"] = [
-                {"index": 0, "id": call_id(key), "type": "function", "function": call}
-            ]
+    def opening(self, choice: Choice, index: int, key: str) -> list[Json]:
+        content = None if choice.calls else ""
+        delta: Json = {"role": "assistant", "content": content, "refusal": None}
         return [{"delta": delta}]
 
-    def piece(self, choice: Choice, token: str) -> Json:
-        if not token:
-            return {"delta": {}}
-        if choice.function:
-            return {
-                "delta": {
-                    "tool_calls": [{"index": 0, "function": {"arguments": token}}]
-                }
+    def pieces(self, choice: Choice, index: int, key: str) -> list[list[Json]]:
+        if not choice.calls:
+            return [[{"delta": {"content": token}}] for token in choice.tokens]
+        pieces = []
+        for position, call in enumerate(choice.calls):
+            begun: Json = {
+                "index": position,
+                "id": _call_id(key, index, position),
+                "type": "function",
+                "function": {"name": call.name, "arguments": ""},
             }
-        return {"delta": {"content": token}}
+            deltas: list[list[Any]] = [
+                [{"index": position, "function": {"arguments": token}}]
+                for token in call.tokens
+            ]
+            deltas[0].insert(0, begun)
+            pieces += [
+                [{"delta": {"tool_calls": [delta]}} for delta in each]
+                for each in deltas
+            ]
+        return pieces
+
+    def closing(self) -> Json:
+        return {"delta": {}}
+
+
+def _call_id(key: str, index: int, position: int) -> str:
+    return call_id(key, index * MAX_TOOLS + position)
+
+
+def _check_tool_messages(messages: list[Message]) -> None:
+    """Raise ValueError unless each tool call is followed by exactly its results."""
+    pending: list[str] = []
+    for index, message in enumerate(messages):
+        if message.role == "tool":
+            if message.tool_call_id not in pending:
+                raise ValueError(
+                    f"messages[{index}].role: messages with role 'tool' must be a "
+                    "response to a preceding message with 'tool_calls'. Here, no such "
+                    f"message has an open call with the id '{message.tool_call_id}'"
+                )
+            pending.remove(message.tool_call_id)
+            continue
+        _check_all_answered(pending)
+        pending = [call.id for call in message.tool_calls or ()]
+    _check_all_answered(pending)
+
+
+def _check_all_answered(pending: list[str]) -> None:
+    if pending:
+        raise ValueError(
+            "An assistant message with 'tool_calls' must be followed by tool messages "
+            "responding to each 'tool_call_id'. The following tool_call_ids did not "
+            f"have response messages: {', '.join(pending)}"
+        )

@@ -1,22 +1,26 @@
 """Completions, and what they share with chats: `n` choices, each with an index."""
 
 from collections.abc import Iterator
-from functools import cached_property
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from propcache.api import cached_property
+from pydantic import Field, model_validator
 
 from ..answers import answer
-from .errors import Json
+from .errors import ApiError, Json, context_length_exceeded
 from .requests import (
+    CREATED,
+    ApiObject,
     Choice,
     Generation,
     Limit,
     Stop,
-    created,
     cut,
     server_sent_event,
 )
+
+DEFAULT_MAX_TOKENS = 16  # of a completion that sets no limit
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class WithChoices(Generation):
@@ -53,16 +57,20 @@ class WithChoices(Generation):
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
 
-    def whole(self, choice: Choice, key: str) -> Json:
+    def whole(self, choice: Choice, index: int, key: str) -> Json:
         """The part of a choice that contains the whole answer."""
         raise NotImplementedError
 
-    def opening(self, choice: Choice, key: str) -> list[Json]:
-        """The parts of a choice that precede its first token."""
+    def opening(self, choice: Choice, index: int, key: str) -> list[Json]:
+        """The parts of a stream's choice that precede its first token."""
         return []
 
-    def piece(self, choice: Choice, token: str) -> Json:
-        """The part of an event's choice that contains one token, or '' at the end."""
+    def pieces(self, choice: Choice, index: int, key: str) -> list[list[Json]]:
+        """For each token, the parts of a stream's choice that contain it."""
+        raise NotImplementedError
+
+    def closing(self) -> Json:
+        """The part of a stream's choice that ends it."""
         raise NotImplementedError
 
     def head(self, key: str, kind: str) -> Json:
@@ -70,14 +78,14 @@ class WithChoices(Generation):
         return {
             "id": f"{self.PREFIX}-{key[:29]}",
             "object": kind,
-            "created": created(key),
+            "created": CREATED,
             "model": self.model,
             "system_fingerprint": "fp_stub",
         }
 
     def body(self, key: str) -> Json:
         choices = [
-            {**_indexed(index, choice.reason), **self.whole(choice, f"{index}{key}")}
+            {**_indexed(index, choice.reason), **self.whole(choice, index, key)}
             for index, choice in enumerate(self.choices)
         ]
         return {**self.head(key, self.KIND), "choices": choices, "usage": self.usage}
@@ -96,39 +104,68 @@ class WithChoices(Generation):
         yield [
             event(index, piece)
             for index, choice in choices
-            for piece in self.opening(choice, f"{index}{key}")
+            for piece in self.opening(choice, index, key)
         ]
+        pieces = [self.pieces(choice, index, key) for index, choice in choices]
         for position in range(self.longest_answer):
             yield [
-                event(index, self.piece(choice, choice.tokens[position]))
-                for index, choice in choices
-                if position < len(choice.tokens)
+                event(index, piece)
+                for index, of_choice in enumerate(pieces)
+                if position < len(of_choice)
+                for piece in of_choice[position]
             ]
         last = [
-            event(index, self.piece(choice, ""), choice.reason)
-            for index, choice in choices
+            event(index, self.closing(), choice.reason) for index, choice in choices
         ]
         if "usage" in head:
             last.append(server_sent_event({**head, "choices": [], "usage": self.usage}))
         yield [*last, b"data: [DONE]\n\n"]
 
 
-class Completion(WithChoices):
+class Penalties(ApiObject):
+    """Documented parameters whose ranges are checked, but that have no effect."""
+
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = None
+
+
+class Completion(Penalties, WithChoices):
     """POST /v1/completions. Prompts given as token ids are refused."""
 
     PREFIX, KIND, KIND_OF_EVENT = "cmpl", "text_completion", "text_completion"
 
     prompt: str | Annotated[list[str], Field(min_length=1)]
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.best_of and self.best_of < (self.n or 1):
+            raise ValueError("'best_of' must be at least 'n'")
+        if self.stream and (self.best_of or 1) > (self.n or 1):
+            raise ValueError("results can't be streamed if 'best_of' is more than 'n'")
+        return self
 
     @cached_property
     def prompts(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
-    def whole(self, choice: Choice, key: str) -> Json:
+    @property
+    def limit(self) -> int:
+        return self.max_tokens or DEFAULT_MAX_TOKENS
+
+    def context_length_exceeded(self, limit: int, prompt_tokens: int) -> ApiError:
+        return context_length_exceeded(limit, prompt_tokens, self.limit)
+
+    def whole(self, choice: Choice, index: int, key: str) -> Json:
         return {"text": choice.text}
 
-    def piece(self, choice: Choice, token: str) -> Json:
-        return {"text": token}
+    def pieces(self, choice: Choice, index: int, key: str) -> list[list[Json]]:
+        return [[{"text": token}] for token in choice.tokens]
+
+    def closing(self) -> Json:
+        return {"text": ""}
 
 
 def _indexed(index: int, reason: str | None) -> Json:

@@ -4,7 +4,9 @@ Source: OpenAI's API reference and its guide *Error codes*.
 """
 
 import math
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ..limits import Rejection
@@ -36,9 +38,14 @@ def model_not_found(model: str) -> ApiError:
     return ApiError(404, message, code="model_not_found")
 
 
-def route_not_found(method: str, path: str) -> ApiError:
-    """404 for a path that the API doesn't have."""
-    return ApiError(404, f"Invalid URL ({method} {path})")
+def route_not_found(method: str, path: str, routes: Iterable[str]) -> ApiError:
+    """404 for a path that the stub doesn't have; `routes` are those that it has."""
+    message = f"Invalid URL ({method} {path}). "
+    if f"/v1{path}" in routes:
+        message += f"Did you mean /v1{path}? The base URL must end with /v1."
+    else:
+        message += f"The stub answers only {', '.join(routes)}."
+    return ApiError(404, message)
 
 
 def method_not_allowed(method: str, path: str, allowed: Iterable[str]) -> ApiError:
@@ -65,6 +72,27 @@ def missing_parameter(param: str | None) -> ApiError:
     return ApiError(400, message, param, "missing_required_parameter")
 
 
+def context_length_exceeded(
+    limit: int, prompt_tokens: int, answer_tokens: int = 0
+) -> ApiError:
+    """400 for a prompt that is too long, as completions and embeddings word it."""
+    message = (
+        f"This model's maximum context length is {limit} tokens, however you requested "
+        f"{prompt_tokens + answer_tokens} tokens ({prompt_tokens} in your prompt; "
+        f"{answer_tokens} for the completion). Please reduce your prompt; or "
+        "completion length."
+    )
+    return ApiError(400, message, code="context_length_exceeded")
+
+
+def insufficient_quota() -> ApiError:
+    """429 for an account without money. Unlike a rate limit, waiting won't help."""
+    message = (
+        "You exceeded your current quota, please check your plan and billing details."
+    )
+    return ApiError(429, message, code="insufficient_quota", kind="insufficient_quota")
+
+
 def rate_limit_exceeded(rejection: Rejection) -> ApiError:
     """429 for a call over a rate limit, with the time to wait in its headers."""
     name, bucket, wait = rejection.bucket.name, rejection.bucket, rejection.retry_after
@@ -86,6 +114,17 @@ def rate_limit_exceeded(rejection: Rejection) -> ApiError:
         "retry-after-ms": str(math.ceil(wait * 1000)),
     }
     return ApiError(429, message, code=code, kind=name, headers=headers)
+
+
+def internal_error(error: Exception) -> ApiError:
+    """500 for a mistake in the stub itself, with what a report needs."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    message = (
+        f"The stub failed with an internal error: {type(error).__name__}: {error} "
+        f"({Path(frame.filename).name}, line {frame.lineno}). Please report it, with "
+        "the request."
+    )
+    return ApiError(500, message, kind="server_error")
 
 
 def server_error(status: int) -> ApiError:

@@ -5,11 +5,14 @@ pages Completions, Chat, Responses, Embeddings, Streaming and Models; and the
 types of the openai SDK.
 """
 
+import json
+import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
+from propcache.api import cached_property
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,37 +24,36 @@ from pydantic import (
 from pydantic_core import to_json
 
 from ..answers import tokens
+from . import errors
 from .errors import ApiError, Json, missing_parameter, model_not_found
 
-MAX_PROMPT_CHARACTERS = 2**20  # in one call
+MAX_PROMPT_TOKENS = 2**18  # in one call, by the rule of thumb in the next line
+CHARACTERS_PER_TOKEN = 4
 MAX_ANSWERS = 2048  # choices, or vectors, in one call
+CREATED = 1_767_225_600  # the time of every answer: the start of 2026
+_random = random.Random()  # seeded by the system; faster than asking it every time
 Limit = Annotated[int, Field(ge=1)]
 Stop = str | Annotated[list[str], Field(max_length=4)]
 
-# Documented parameters that are accepted but have no effect: answers come from
-# a table, and nothing is stored.
-NO_EFFECT = frozenset(
-    """
-    access_programs best_of context_management expires_after frequency_penalty include
-    logit_bias max_tool_calls metadata moderation output_expires_after
-    parallel_tool_calls prediction presence_penalty prompt_cache_key
-    prompt_cache_options prompt_cache_retention reasoning reasoning_effort
-    safety_identifier seed service_tier store temperature top_p truncation user
-    verbosity
-    """.split()
-)
-# Documented parameters that are refused: the stub can't do what they ask for.
+# The names of functions and schemas: at most 64 letters, digits, _ and -.
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=64)]
+Key = Annotated[str, Field(max_length=64)]
+Value = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[Key, Value], Field(max_length=16)]
+
+# Parameters that are refused, because the stub can't do what they ask for. Any
+# other documented parameter that no class declares is accepted and has no effect.
 REFUSED = {
     "audio": "it returns only text",
     "background": "it stores no responses",
     "background_options": "it stores no responses",
-    "conversation": "it stores no conversations",
+    "conversation": "it stores no conversations; send the earlier items in 'input'",
     "echo": "it does not repeat prompts",
     "function_call": "use 'tool_choice' instead",
     "functions": "use 'tools' instead",
     "image": "it returns only text",
     "logprobs": "its answers come from a table, without probabilities",
-    "previous_response_id": "it stores no responses",
+    "previous_response_id": "it stores no responses; send the earlier items in 'input'",
     "prompt": "it stores no prompt templates",
     "suffix": "it can't insert text before a suffix",
     "top_logprobs": "its answers come from a table, without probabilities",
@@ -71,7 +73,9 @@ ObjectT = TypeVar("ObjectT", bound=ApiObject)
 class Call(ApiObject):
     """A request with a model and a prompt."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(
+        strict=True, extra="allow", ignored_types=(cached_property,)
+    )
 
     model: str
 
@@ -109,14 +113,35 @@ class Call(ApiObject):
         """The answer as one JSON body; ids are made from the key."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Raise ApiError 400 for a mistake that needs OpenAI's own wording."""
+
+    def context_length_exceeded(self, limit: int, prompt_tokens: int) -> ApiError:
+        """The error for a prompt that is too long, in the route's own wording."""
+        return errors.context_length_exceeded(limit, prompt_tokens)
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """A call of a function, with its arguments as the tokens of a JSON text."""
+
+    name: str
+    tokens: list[str]
+
+    @property
+    def arguments(self) -> str:
+        """The whole JSON text."""
+        return "".join(self.tokens)
+
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer: a text, or the arguments of a function call."""
+    """One answer: a text, or function calls."""
 
     tokens: list[str]
+    """The tokens of the text, or of the arguments of all calls."""
     reason: str
-    function: str | None = None
+    calls: tuple[FunctionCall, ...] = ()
 
     @property
     def text(self) -> str:
@@ -174,6 +199,14 @@ class Generation(Call):
     def longest_answer(self) -> int:
         return max(len(choice.tokens) for choice in self.choices)
 
+    def filtered(self) -> Self:
+        """This call with empty answers, as if a content filter had removed them."""
+        copy = self.model_copy()
+        for name in ("completion_tokens", "longest_answer"):
+            copy.__dict__.pop(name, None)
+        copy.__dict__["choices"] = [Choice([], "content_filter")] * len(self.choices)
+        return copy
+
     def events(self, key: str) -> Iterator[list[bytes]]:
         """The answer as server-sent events, in groups.
 
@@ -183,16 +216,39 @@ class Generation(Call):
         raise NotImplementedError
 
 
-def read(kind: type[ObjectT], raw: bytes) -> ObjectT:
-    """Read a request's body, including extra parameters.
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class Conversation(Generation):
+    """What chats and responses have in common."""
+
+    metadata: Metadata | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: Annotated[str, Field(max_length=128)] | None = None
+    service_tier: (
+        Literal["auto", "default", "flex", "scale", "priority", "fast"] | None
+    ) = None
+    store: bool | None = None
+
+    @property
+    def tier(self) -> str:
+        """The service tier of the answer; the stub treats all tiers alike."""
+        tier = "priority" if self.service_tier == "fast" else self.service_tier
+        return tier if tier in ("flex", "priority") else "default"
+
+
+def read(kind: type[ObjectT], raw: bytes, parameters: frozenset[str]) -> ObjectT:
+    """Read the body of a request to a route that has these parameters.
 
     Raises an ApiError 400 that names the invalid parameter.
     """
     call = parse(kind, raw)
     for name, value in (call.model_extra or {}).items():
-        _check_extra(name, value)
+        _check_extra(name, value, parameters)
     if isinstance(call, Call):
         _check_size(call)
+        call.check()
     return call
 
 
@@ -208,23 +264,22 @@ def parse(kind: type[ObjectT], raw: bytes) -> ObjectT:
             key=lambda one: (
                 one["type"] == "too_long",
                 len(one["loc"]),
-                one["type"] == "too_short",
+                one["type"] in ("value_error", "too_short"),
             ),
         )
     reason = problem["msg"].removeprefix("Value error, ")
-    param = _path(problem["loc"]) or None
+    if problem["type"] == "json_invalid":
+        raise ApiError(400, f"The body could not be parsed. {reason}.")
+    missing = problem["type"] == "missing"
+    param = _path(problem["loc"], json.loads(raw), missing=missing) or None
     match problem["type"]:
-        case "json_invalid":
-            message, code = f"The body could not be parsed. {reason}.", None
         case "missing":
             raise missing_parameter(param)
         case "value_error" if param is None:
             message, code = f"{reason}.", "invalid_value"
         case _ if param is None:
-            message, code = (
-                "The body could not be parsed: it isn't a JSON object.",
-                None,
-            )
+            message = "The body could not be parsed: it isn't a JSON object."
+            raise ApiError(400, message)
         case "literal_error" | "union_tag_invalid":
             message = (
                 f"Invalid value for '{param}': {reason}. The stub supports no other "
@@ -243,12 +298,9 @@ def _check_size(call: Call) -> None:
     """Refuse a call so large that it would hold up all other calls."""
     prompts = call.prompts
     characters = sum(map(len, prompts))
-    if characters > MAX_PROMPT_CHARACTERS:
-        message = (
-            f"This stub's maximum context length is {MAX_PROMPT_CHARACTERS} "
-            f"characters, but the request has {characters}. Shorten the prompt."
-        )
-        raise ApiError(400, message, code="context_length_exceeded")
+    if characters > MAX_PROMPT_TOKENS * CHARACTERS_PER_TOKEN:
+        prompt_tokens = math.ceil(characters / CHARACTERS_PER_TOKEN)
+        raise call.context_length_exceeded(MAX_PROMPT_TOKENS, prompt_tokens)
     answers = len(prompts) * (getattr(call, "n", None) or 1)
     if answers > MAX_ANSWERS:
         message = (
@@ -258,31 +310,35 @@ def _check_size(call: Call) -> None:
         raise ApiError(400, message, code="invalid_value")
 
 
-def _check_extra(name: str, value: object) -> None:
+def _check_extra(name: str, value: object, parameters: frozenset[str]) -> None:
     """Refuse a parameter that is unknown, or that the stub can't act on."""
-    if name in NO_EFFECT:
-        return
-    if name == "modalities" and value in (None, ["text"]):
-        return
-    if name == "modalities":
-        message = f"Invalid value for '{name}': {value!r}. The stub returns only text."
-        raise ApiError(400, message, name, "unsupported_value")
-    if name not in REFUSED:
+    if name not in parameters:
         message = f"Unrecognized request argument supplied: {name}"
         raise ApiError(400, message, name, "unknown_parameter")
-    if value:  # null, false, 0 and [] ask for nothing
+    if name == "modalities" and value not in (None, ["text"]):
+        message = f"Invalid value for '{name}': {value!r}. The stub returns only text."
+        raise ApiError(400, message, name, "unsupported_value")
+    if name in REFUSED and value:  # null, false, 0 and [] ask for nothing
         message = f"'{name}' is not supported by the stub: {REFUSED[name]}."
         raise ApiError(400, message, name, "unsupported_parameter")
 
 
-def _path(loc: tuple[int | str, ...]) -> str:
-    """Where an error is, in the API's notation: messages[0].role"""
+def _path(loc: tuple[int | str, ...], body: object, *, missing: bool) -> str:
+    """Where an error is, in the API's notation: messages[0].role
+
+    Pydantic's location also has a step for each member of a union, which isn't in
+    the body. The last step of a missing field isn't there either.
+    """
     path = ""
-    for step in loc:
+    for number, step in enumerate(loc, 1):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step.isidentifier() and step != "str":  # else: a member of a union
+            body = body[step] if isinstance(body, list) else None
+        elif isinstance(body, dict) and (
+            step in body or (missing and number == len(loc))
+        ):
             path += f".{step}" if path else step
+            body = body.get(step)
     return path
 
 
@@ -295,17 +351,12 @@ def check_model(model: str, models: list[str] | None) -> None:
 # Answers
 
 
-def created(key: str) -> int:
-    """A time in seconds since 1970 that depends only on the key."""
-    return 1_700_000_000 + int(key[:6], 16)
+def unique_key() -> str:
+    """32 random hexadecimal digits, from which the ids of one answer are made."""
+    return f"{_random.getrandbits(128):032x}"
 
 
-def request_id(key: str) -> str:
-    """The id of a request, made from the key."""
-    return f"req_{key[:32]}"
-
-
-def encode(body: Json) -> bytes:
+def encode(body: object) -> bytes:
     """The body as JSON. Pydantic's encoder is five times as fast as that of json."""
     return to_json(body, inf_nan_mode="null")
 
@@ -321,6 +372,6 @@ def model_object(model: str) -> Json:
     return {
         "id": model,
         "object": "model",
-        "created": created("0" * 6),
+        "created": CREATED,
         "owned_by": "stub",
     }

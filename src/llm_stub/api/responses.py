@@ -1,17 +1,35 @@
 """POST /v1/responses: input items, output items, and the events of a stream."""
 
 from collections.abc import Iterator
-from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from propcache.api import cached_property
+from pydantic import ConfigDict, Field, model_validator
 
 from ..answers import answer
 from .chat import Role
-from .errors import Json
-from .requests import ApiObject, Choice, Generation, created, cut, server_sent_event
-from .schema import Schema, json_object, json_text
-from .tools import Function, call_function, call_id, choose_function
+from .errors import ApiError, Json
+from .requests import (
+    CREATED,
+    ApiObject,
+    Choice,
+    Conversation,
+    Effort,
+    FunctionCall,
+    Name,
+    cut,
+    server_sent_event,
+)
+from .schema import Schema, check_schema, json_object, json_text
+from .tools import (
+    Function,
+    FunctionChoice,
+    FunctionTool,
+    call_functions,
+    call_id,
+    check_functions,
+    choose_functions,
+)
 
 Text = Literal["input_text", "output_text", "text", "refusal"]
 
@@ -33,6 +51,18 @@ class Item(ApiObject):
     content: str | list[Part] | None = None
     output: str | list[Part] | None = None
     call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_reference(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") == "item_reference":
+            raise ValueError(
+                "the stub stores no items, so it can't look up an item_reference. Send "
+                "the whole item instead, and set 'store' to false"
+            )
+        return value
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -40,6 +70,10 @@ class Item(ApiObject):
             raise ValueError("a message needs 'role' and 'content'")
         if self.type.startswith("function") and self.call_id is None:
             raise ValueError(f"an item of type '{self.type}' needs 'call_id'")
+        if self.type == "function_call" and None in (self.name, self.arguments):
+            raise ValueError("a function_call needs 'name' and 'arguments'")
+        if self.type == "function_call_output" and self.output is None:
+            raise ValueError("a function_call_output needs 'output'")
         return self
 
     @property
@@ -51,24 +85,28 @@ class Item(ApiObject):
         return said or ""
 
 
-class Tool(Function):
-    """A function tool; the stub has no hosted tools."""
-
-    type: Literal["function"]
+class Tool(FunctionTool, Function):
+    """A function tool, as responses write it."""
 
 
-class Forced(ApiObject):
-    """The tool that must be called."""
+class Forced(FunctionChoice):
+    """The choice of a function, as responses write it."""
 
-    type: Literal["function"]
-    name: str
+    name: Name
 
 
 class Format(Schema):
     """The format that an answer must have."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str = ""
+    name: Name = "schema"
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        given = {"name", "schema_"} <= self.model_fields_set
+        if self.type == "json_schema" and not given:
+            raise ValueError("a json_schema needs 'name' and 'schema'")
+        return self
 
 
 class TextOptions(ApiObject):
@@ -78,22 +116,61 @@ class TextOptions(ApiObject):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class Response(Generation):
+class Reasoning(ApiObject):
+    """Options for reasoning; they have no effect."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class Response(Conversation):
     """POST /v1/responses; the stub stores no responses."""
 
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=16)] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Forced | None = None
     text: TextOptions | None = None
-    max_tool_calls: int | None = None
-    metadata: dict[str, str] | None = None
-    parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
-    reasoning: Json | None = None
-    safety_identifier: str | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    reasoning: Reasoning | None = None
     truncation: Literal["auto", "disabled"] | None = None
+
+    def check(self) -> None:
+        """Raise ApiError 400 for an invalid schema, or a call without its result."""
+        check_functions(self.tools or (), "tools[{}].parameters")
+        wanted = self.text.format if self.text else None
+        if wanted and wanted.type == "json_schema":
+            check_schema(
+                wanted.schema_,
+                f"response_format '{wanted.name}'",
+                "text.format.schema",
+                strict=bool(wanted.strict),
+            )
+        pending: list[str | None] = []
+        for item in self.items:
+            if item.type == "function_call":
+                pending.append(item.call_id)
+            elif item.type == "function_call_output":
+                if item.call_id not in pending:
+                    message = (
+                        "No tool call found for function call output with call_id "
+                        f"{item.call_id}."
+                    )
+                    raise ApiError(400, message, "input")
+                pending.remove(item.call_id)
+        if pending:
+            message = f"No tool output found for function call {pending[0]}."
+            raise ApiError(400, message, "input")
+
+    def context_length_exceeded(self, limit: int, prompt_tokens: int) -> ApiError:
+        message = (
+            "Your input exceeds the context window of this model. Please adjust your "
+            f"input and try again. (It has {prompt_tokens} tokens of at most {limit}.)"
+        )
+        return ApiError(400, message, "input", "context_length_exceeded")
 
     @property
     def items(self) -> list[Item]:
@@ -117,47 +194,49 @@ class Response(Generation):
         question, limit = self.questions[0], self.max_output_tokens
         forced = self.tool_choice
         tool_choice = forced.name if isinstance(forced, Forced) else forced or "auto"
-        function = choose_function(
-            list(self.tools or ()),
+        functions = choose_functions(
+            self.tools or (),
             tool_choice,
             question,
             done=self.items[-1].type == "function_call_output",
+            parallel=self.parallel_tool_calls is not False,
         )
-        if function:
-            return [call_function(function, question, limit, named=False)]
+        if functions:
+            return [call_functions(functions, question, limit, named=False)]
         wanted = self.text.format if self.text else Format()
         if wanted.type == "json_schema":
-            text = json_text(wanted.schema_, question, "text.format.schema")
+            text = json_text(
+                wanted.schema_,
+                question,
+                "text.format.schema",
+                strict=bool(wanted.strict),
+            )
         elif wanted.type == "json_object":
             text = json_object(self.prompts[0], question)
         else:
             text = answer(question)
         return [cut(text, limit)]
 
-    def item(self, key: str, status: str) -> Json:
-        """The only item of the output: a message or a function call."""
-        choice, in_progress = self.choices[0], status == "in_progress"
-        if choice.function:
-            return {
-                "id": f"fc_{key[:32]}",
-                "type": "function_call",
-                "status": status,
-                "call_id": call_id(key),
-                "name": choice.function,
-                "arguments": "" if in_progress else choice.text,
-            }
-        return {
-            "id": f"msg_{key[:32]}",
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": [] if in_progress else [_text_part(choice.text)],
-        }
+    def output(self, key: str, status: str) -> list[Json]:
+        """The items of the output: a message, or the function calls."""
+        choice = self.choices[0]
+        if not choice.calls:
+            return [_message(choice.text, key, status)]
+        return [
+            _function_call(call, key, number, status)
+            for number, call in enumerate(choice.calls)
+        ]
+
+    @property
+    def incomplete_because(self) -> str | None:
+        """Why the answer is incomplete, in the API's words; None if it is complete."""
+        reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
+        return reasons.get(self.choices[0].reason)
 
     @property
     def status(self) -> str:
         """The final status of the response."""
-        return "incomplete" if self.choices[0].reason == "length" else "completed"
+        return "incomplete" if self.incomplete_because else "completed"
 
     def body(self, key: str) -> Json:
         return self.envelope(key, self.status)
@@ -165,7 +244,8 @@ class Response(Generation):
     def envelope(self, key: str, status: str) -> Json:
         """The API's response object; `output` is empty until the response ends."""
         ended = status != "in_progress"
-        incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        reason = self.incomplete_because
+        incomplete = {"reason": reason} if ended and reason else None
         usage = {
             "input_tokens": self.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -179,10 +259,10 @@ class Response(Generation):
         verbosity = self.text.verbosity if self.text else None
         forced = self.tool_choice
         return {
-            "id": f"resp_{key[:32]}",
+            "id": f"resp_{key}",
             "object": "response",
-            "created_at": created(key),
-            "completed_at": created(key) if status == "completed" else None,
+            "created_at": CREATED,
+            "completed_at": CREATED if status == "completed" else None,
             "status": status,
             "background": False,
             "error": None,
@@ -192,13 +272,13 @@ class Response(Generation):
             "max_tool_calls": self.max_tool_calls,
             "metadata": self.metadata or {},
             "model": self.model,
-            "output": [self.item(key, status)] if ended else [],
+            "output": self.output(key, status) if ended else [],
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": None,
             "prompt_cache_key": self.prompt_cache_key,
-            "reasoning": {"effort": None, "summary": None} | (self.reasoning or {}),
+            "reasoning": (self.reasoning or Reasoning()).model_dump(),
             "safety_identifier": self.safety_identifier,
-            "service_tier": "default",
+            "service_tier": self.tier,
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "text": {"format": options, "verbosity": verbosity or "medium"},
             "tool_choice": forced.model_dump()
@@ -214,9 +294,6 @@ class Response(Generation):
 
     def events(self, key: str) -> Iterator[list[bytes]]:
         choice, number = self.choices[0], 0
-        item = self.item(key, "in_progress")
-        place: Json = {"output_index": 0}
-        inner: Json = {"item_id": item["id"], **place}
 
         def event(kind: str, **fields: object) -> bytes:
             nonlocal number
@@ -230,29 +307,70 @@ class Response(Generation):
         first = [
             event("created", response=started),
             event("in_progress", response=started),
-            event("output_item.added", item=item, **place),
         ]
-        if choice.function:
+        if choice.calls:
             yield first
-            kind = "function_call_arguments"
-            for token in choice.tokens:
-                yield [event(f"{kind}.delta", delta=token, **inner)]
-            last = [event(f"{kind}.done", arguments=choice.text, **inner)]
+            last: list[bytes] = []
+            for position, call in enumerate(choice.calls):
+                begun = _function_call(call, key, position, "in_progress")
+                place = {"output_index": position}
+                inner = {"item_id": begun["id"], **place}
+                group = [*last, event("output_item.added", item=begun, **place)]
+                for token in call.tokens:
+                    delta = event("function_call_arguments.delta", delta=token, **inner)
+                    yield [*group, delta]
+                    group = []
+                last = [
+                    event(
+                        "function_call_arguments.done",
+                        arguments=call.arguments,
+                        **inner,
+                    ),
+                    event(
+                        "output_item.done",
+                        item=_function_call(call, key, position, self.status),
+                        **place,
+                    ),
+                ]
         else:
-            inner["content_index"] = 0
-            yield [*first, event("content_part.added", part=_text_part(""), **inner)]
+            begun = _message("", key, "in_progress")
+            place = {"output_index": 0}
+            inner = {"item_id": begun["id"], **place, "content_index": 0}
+            yield [
+                *first,
+                event("output_item.added", item=begun, **place),
+                event("content_part.added", part=_text_part(""), **inner),
+            ]
             for token in choice.tokens:
                 yield [event("output_text.delta", delta=token, logprobs=[], **inner)]
+            done = _message(choice.text, key, self.status)
             last = [
                 event("output_text.done", text=choice.text, logprobs=[], **inner),
                 event("content_part.done", part=_text_part(choice.text), **inner),
+                event("output_item.done", item=done, **place),
             ]
-        done = self.item(key, self.status)
-        yield [
-            *last,
-            event("output_item.done", item=done, **place),
-            event(self.status, response=self.body(key)),
-        ]
+        yield [*last, event(self.status, response=self.body(key))]
+
+
+def _message(text: str, key: str, status: str) -> Json:
+    return {
+        "id": f"msg_{key}",
+        "type": "message",
+        "status": status,
+        "role": "assistant",
+        "content": [] if status == "in_progress" else [_text_part(text)],
+    }
+
+
+def _function_call(call: FunctionCall, key: str, number: int, status: str) -> Json:
+    return {
+        "id": f"fc_{number:04x}{key[:28]}",
+        "type": "function_call",
+        "status": status,
+        "call_id": call_id(key, number),
+        "name": call.name,
+        "arguments": "" if status == "in_progress" else call.arguments,
+    }
 
 
 def _text_part(text: str) -> Json:

@@ -1,52 +1,61 @@
 """Instances of JSON schemas: the stub's answer when a request asks for JSON.
 
-It supports most of what Pydantic 2, the OpenAI SDKs and LangChain send, and
-rejects everything else. The same schema and prompt always give the same instance.
-Where possible, values come from the prompt: its numbers and its quoted texts, in
-order, and the enum values that it mentions.
+A strict schema may use only what OpenAI's structured outputs support. In any other
+schema, keywords that the stub doesn't know are ignored, as OpenAI's models may do.
+The same schema and prompt always give the same instance. Where possible, values
+come from the prompt: its numbers and its quoted texts, in order, and the enum values
+that it mentions.
+
+Source: OpenAI's guide *Structured outputs*, section *Supported schemas*.
 """
 
 import json
 import math
+import random
 import re
+from collections.abc import Iterator, Set
 from fractions import Fraction
 from types import NoneType
 from typing import Any
 
 from pydantic import Field
+from rstr import Rstr
 
 from ..answers import answer
 from ..stable import digest, normal, unit
 from .errors import ApiError, Json
-from .requests import ApiObject
+from .requests import ApiObject, Name
 
 MAX_RECURSION = 2  # how often a definition may contain itself
 MAX_VALUES = 10_000  # in one instance, plus the characters that `minLength` requires
 MAX_ENUM_VALUES = 1000  # the API's own limit
+ATTEMPTS = 10  # to make a text that matches a pattern
 
 QUOTED_TEXT = re.compile(r"(?<!\w)(['\"`])(.{1,500}?)\1(?!\w)")
 NUMBER = re.compile(r"(?<![\w.])-?\d{1,20}(?:\.\d+)?(?!\d)")
 
-# Keywords that don't affect which values are valid. `nullable` comes from OpenAPI;
-# the JavaScript SDK sends it for Zod 3.
+# Keywords of a strict schema. These don't affect which values are valid. `nullable`
+# comes from OpenAPI; the JavaScript SDK sends it for Zod 3.
 ANNOTATIONS = frozenset(
     """
     $defs $schema default definitions deprecated description examples nullable
     readOnly title
     """.split()
 )
+COMBINED = frozenset({"$ref", "anyOf", "const", "enum", "type"})
 BOUNDS = frozenset(
     {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 )
 KEYWORDS = {
     "object": frozenset({"properties", "required", "additionalProperties"}),
     "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
-    "string": frozenset({"format", "minLength", "maxLength"}),
+    "string": frozenset({"format", "minLength", "maxLength", "pattern"}),
     "integer": BOUNDS,
     "number": BOUNDS,
     "boolean": frozenset[str](),
     "null": frozenset[str](),
 }
+STRICT_KEYWORDS = ANNOTATIONS.union(COMBINED, *KEYWORDS.values())
 PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
     "array": list,
@@ -56,7 +65,7 @@ PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
     "boolean": bool,
     "null": NoneType,
 }
-FORMATS = {
+STRICT_FORMATS = {
     "date": "2026-01-31",
     "date-time": "2026-01-31T12:00:00Z",
     "time": "12:00:00Z",
@@ -65,8 +74,13 @@ FORMATS = {
     "hostname": "example.com",
     "ipv4": "192.0.2.1",
     "ipv6": "2001:db8::1",
-    "uri": "https://example.com/",
     "uuid": "00000000-0000-4000-8000-000000000000",
+}
+FORMATS = STRICT_FORMATS | {  # for schemas that aren't strict; Pydantic has more
+    "base64": "c3R1Yg==",
+    "base64url": "c3R1Yg==",
+    "uri": "https://example.com/",
+    "uuid4": "00000000-0000-4000-8000-000000000000",
 }
 
 
@@ -81,20 +95,90 @@ class _RecursionTooDeepError(Exception):
 class Schema(ApiObject):
     """A schema in a request: the answer must be an instance of it."""
 
-    name: str
+    name: Name
     description: str | None = None
     schema_: Json = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
-def json_text(schema: Json, question: str, param: str) -> str:
+def check_schema(schema: Json, where: str, param: str, *, strict: bool) -> None:
+    """Raise ApiError 400 for a schema that OpenAI refuses, with its wording.
+
+    The root must be an object. If the schema is `strict`, all keywords must be
+    supported, and every object must require all its properties and no others.
+    """
+    kind, problem = schema.get("type"), None
+    if schema and kind != "object" and "$ref" not in schema:
+        problem = (
+            "schema must be a JSON Schema of 'type: \"object\"', got 'type: "
+            f'"{kind}"\''
+        )
+    if strict and not problem:
+        try:
+            problem = next(_strict_problems(schema, ()), None)
+        except RecursionError:
+            problem = "it is nested too deeply"
+    if problem:
+        message = f"Invalid schema for {where}: {problem}."
+        code = "invalid_function_parameters" if where.startswith("function") else None
+        raise ApiError(400, message, param, code)
+
+
+def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
+    """What is wrong with a strict schema, outermost problems first."""
+    if not isinstance(schema, dict):
+        yield f"In context={path}, {schema!r} is not a schema"
+        return
+    for keyword in schema:
+        if keyword not in STRICT_KEYWORDS:
+            yield f"In context={path}, '{keyword}' is not permitted"
+    if schema.get("format", "date") not in STRICT_FORMATS:
+        yield f"In context={path}, '{schema['format']}' is not a valid format"
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        yield f"In context={path}, 'properties' must be an object"
+        return
+    if schema.get("type") == "object" or properties:
+        if schema.get("additionalProperties") is not False:
+            yield (
+                f"In context={path}, 'additionalProperties' is required to be supplied "
+                "and to be false"
+            )
+        required = schema.get("required", [])
+        for name in properties:
+            if not isinstance(required, list) or name not in required:
+                yield (
+                    f"In context={path}, 'required' is required to be supplied and to "
+                    f"be an array including every key in properties. Missing '{name}'"
+                )
+    parts: list[tuple[tuple[str, ...], Any]] = [
+        (("properties", name), part) for name, part in properties.items()
+    ]
+    for keyword in ("$defs", "definitions"):
+        if isinstance(schema.get(keyword), dict):
+            parts += [((keyword, name), one) for name, one in schema[keyword].items()]
+    for keyword in ("anyOf", "prefixItems"):
+        if isinstance(schema.get(keyword), list):
+            parts += [
+                ((keyword, str(index)), one)
+                for index, one in enumerate(schema[keyword])
+            ]
+    if "items" in schema:
+        parts.append((("items",), schema["items"]))
+    for step, part in parts:
+        yield from _strict_problems(part, (*path, *step))
+
+
+def json_text(schema: Json, question: str, param: str, *, strict: bool) -> str:
     """An instance of the schema as JSON text.
 
     Raises an ApiError 400 that names `param` if the stub doesn't support the schema.
     """
     try:
         return json.dumps(
-            instance(schema, question), ensure_ascii=False, allow_nan=False
+            instance(schema, question, strict=strict),
+            ensure_ascii=False,
+            allow_nan=False,
         )
     except UnsupportedError as error:
         problem = str(error)
@@ -116,14 +200,15 @@ def json_object(prompt: str, question: str) -> str:
     return json.dumps(dict.fromkeys(keys, answer(question)), ensure_ascii=False)
 
 
-def instance(schema: Json, prompt: str) -> Any:
+def instance(schema: Json, prompt: str, *, strict: bool) -> Any:
     """A value that is valid against the schema.
 
-    Raises UnsupportedError for a malformed schema, one that no value satisfies, and
-    one that uses something the stub doesn't support.
+    Unless the schema is `strict`, the value may violate keywords that the stub
+    doesn't know. Raises UnsupportedError for a malformed schema, one that no value
+    satisfies, and a strict one that uses something the stub doesn't support.
     """
     try:
-        return _Builder(schema, prompt).build(schema, "value")
+        return _Builder(schema, prompt, strict=strict).build(schema, "value")
     except _RecursionTooDeepError:
         raise UnsupportedError("a definition contains itself endlessly") from None
     except RecursionError:
@@ -135,37 +220,43 @@ def instance(schema: Json, prompt: str) -> Any:
 class _Builder:
     """Builds one instance. `name` is the property that a value belongs to."""
 
-    def __init__(self, root: Json, prompt: str) -> None:
-        self.root, self.prompt = root, normal(prompt)
+    def __init__(self, root: Json, prompt: str, *, strict: bool) -> None:
+        self.root, self.prompt, self.strict = root, normal(prompt), strict
         self.key = digest(self.prompt)
         self.numbers = [
             float(text) if "." in text else int(text) for text in NUMBER.findall(prompt)
         ]
         self.texts = [text for _, text in QUOTED_TEXT.findall(prompt)]
         self.values = 0
+        self.avoided: list[Any] = []  # the earlier items of an array of unique items
         self.open_references: list[str] = []
 
     def build(self, schema: Any, name: str) -> Any:
         self.count_values(1)
+        if schema is True and not self.strict:
+            schema = {}
         if not isinstance(schema, dict):
             raise UnsupportedError(f"{schema!r} is not a schema")
         if "$ref" in schema:
-            reject_unknown_keywords(schema, {"$ref"})
+            self.check_keywords(schema, {"$ref"})
             return self.follow_reference(str(schema["$ref"]), name)
-        if "anyOf" in schema:
-            reject_unknown_keywords(schema, {"anyOf"})
-            return self.build_any_of(schema["anyOf"], name)
+        if "allOf" in schema and not self.strict:
+            return self.build(merged(schema), name)
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in schema:
+                self.check_keywords(schema, {"anyOf"})
+                return self.build_any_of(schema[keyword], name)
         if "const" in schema:
-            reject_unknown_keywords(schema, {"const", "type"})
+            self.check_keywords(schema, {"const", "type"})
             return self.choose_value([schema["const"]], schema)
         if "enum" in schema:
-            reject_unknown_keywords(schema, {"enum", "type"})
+            self.check_keywords(schema, {"enum", "type"})
             return self.choose_value(schema["enum"], schema, name)
         kind = next((kind for kind in types_of(schema) if kind != "null"), "null")
-        reject_unknown_keywords(schema, KEYWORDS[kind] | {"type"})
+        self.check_keywords(schema, KEYWORDS[kind] | {"type"})
         match kind:
             case "object":
-                return self.build_object(schema)
+                return self.build_object(schema, name)
             case "array":
                 return self.build_array(schema, name)
             case "string":
@@ -176,6 +267,12 @@ class _Builder:
                 return unit(self.key, name) < 0.5
             case _:
                 return None
+
+    def check_keywords(self, schema: Json, known: Set[str]) -> None:
+        """Raise UnsupportedError if a strict schema has any other keyword here."""
+        for keyword in schema if self.strict else ():
+            if keyword not in known and keyword not in ANNOTATIONS:
+                raise UnsupportedError(f"the keyword {keyword!r} is not supported here")
 
     def count_values(self, more: int) -> None:
         self.values += more
@@ -225,6 +322,7 @@ class _Builder:
             raise UnsupportedError(
                 "no value of an 'enum' or 'const' matches its 'type'"
             )
+        values = [one for one in values if one not in self.avoided] or values
         for value in values:
             if isinstance(value, str) and self.mentions(normal(value)):
                 return value
@@ -236,14 +334,20 @@ class _Builder:
             return False
         return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", self.prompt))
 
-    def build_object(self, schema: Json) -> Json:
-        properties = schema.get("properties", {})
+    def build_object(self, schema: Json, name: str) -> Json:
+        """All properties, and as many others as `minProperties` requires."""
+        properties = dict(schema.get("properties", {}))
+        keys = schema.get("propertyNames", {}).get("enum", [])
+        for number in range(int(size(schema, "minProperties", 0)) - len(properties)):
+            key = keys[number] if number < len(keys) else f"{name} {number + 1}"
+            properties[key] = schema.get("additionalProperties", {"type": "string"})
         required = schema.get("required", [])
         if not isinstance(required, list):
             raise UnsupportedError(f"'required' must be a list, not {required!r}")
         for name in required:
-            if name not in properties:
+            if name not in properties and self.strict:
                 raise UnsupportedError(f"the required property {name!r} has no schema")
+            properties.setdefault(name, {})
         built = {}
         for name, part in properties.items():
             try:
@@ -258,35 +362,72 @@ class _Builder:
         built = [self.build(part, name) for part in schema.get("prefixItems", [])]
         low, high = size(schema, "minItems", 0), size(schema, "maxItems", math.inf)
         target = max(low, min(high, len(built) + 1))
+        unique = schema.get("uniqueItems") is True
         try:
             while len(built) < target:
                 item_name = f"{name} {len(built) + 1}"
+                self.avoided = built if unique else []
                 built.append(self.build(schema.get("items", {}), item_name))
         except _RecursionTooDeepError:
             if len(built) < low:
                 raise
+        finally:
+            self.avoided = []
         if not low <= len(built) <= high:
             raise UnsupportedError("no array satisfies 'minItems' and 'maxItems'")
         return built
 
     def build_string(self, schema: Json, name: str) -> str:
         low, high = size(schema, "minLength", 0), size(schema, "maxLength", math.inf)
-        if "format" in schema:
-            example = FORMATS.get(schema["format"])
-            if example is None or not low <= len(example) <= high:
-                raise UnsupportedError(
-                    f"the format {schema['format']!r} is not supported"
-                )
-            return example
         if low > high:
             raise UnsupportedError("'minLength' is greater than 'maxLength'")
         self.count_values(int(low))
+        pattern = self.pattern(schema)
+
+        def fits(text: str) -> bool:
+            matches = pattern is None or bool(pattern.search(text))
+            return matches and low <= len(text) <= high
+
+        if "format" in schema:
+            example = FORMATS.get(schema["format"])
+            if example is not None and fits(example):
+                return example
+            if self.strict and pattern is None:
+                raise UnsupportedError(
+                    f"the format {schema['format']!r} is not supported"
+                )
         for quoted in self.texts:
-            if low <= len(quoted) <= high:
+            if fits(quoted):
                 self.texts.remove(quoted)
                 return str(quoted)
         text = f"{name} {digest(self.key, name)[:4]}"
-        return text[: int(min(high, len(text)))].ljust(int(low), ".")
+        text = text[: int(min(high, len(text)))].ljust(int(low), ".")
+        if pattern is None or fits(text):
+            return text
+        for attempt in range(ATTEMPTS):
+            seed = digest(self.key, name, attempt)
+            matching = text_matching(pattern, seed, repeats=attempt + 1)
+            if fits(matching):
+                return matching
+        if not self.strict:
+            return text
+        raise UnsupportedError(
+            f"the stub finds no text for the pattern {pattern.pattern!r}. Put one "
+            "into the prompt, in quotes"
+        )
+
+    def pattern(self, schema: Json) -> re.Pattern[str] | None:
+        """The string's pattern; a lenient schema's is ignored if it isn't Python's."""
+        if "pattern" not in schema:
+            return None
+        try:
+            return re.compile(schema["pattern"])
+        except re.error:
+            if self.strict:
+                raise UnsupportedError(
+                    f"the pattern {schema['pattern']!r} is not supported"
+                ) from None
+            return None
 
     def build_number(self, schema: Json, *, integer: bool) -> int | float:
         least = number(schema, "minimum", -math.inf)
@@ -302,6 +443,7 @@ class _Builder:
             return (
                 least <= value <= most
                 and above < value < below
+                and value not in self.avoided
                 and (any_fraction or exact(value) % step == 0)
                 and (not integer or value == int(value))
             )
@@ -310,12 +452,13 @@ class _Builder:
         candidates = [*self.numbers, 0, low, high]
         if any_fraction:
             candidates += [(low + high) / 2, low + 1, high - 1]
-        else:  # if any multiple fits, so does one next to a bound
-            start = exact(low if low > -math.inf else min(high, 0))
-            nearest = round(start / step) * step
-            for multiple in (nearest - step, nearest, nearest + step):
-                whole = multiple.denominator == 1
-                candidates.append(int(multiple) if whole else float(multiple))
+        # If any multiple fits, so does one next to a bound or to an avoided one.
+        start = exact(low if low > -math.inf else min(high, 0))
+        nearest = round(start / step) * step
+        for count in range(-1, len(self.avoided) + 2):
+            multiple = nearest + count * step
+            whole = multiple.denominator == 1
+            candidates.append(int(multiple) if whole else float(multiple))
         for value in candidates:
             if fits(value):
                 if value in self.numbers:
@@ -324,11 +467,49 @@ class _Builder:
         raise UnsupportedError("the stub can't find a number within its bounds")
 
 
-def reject_unknown_keywords(schema: Json, known: set[str] | frozenset[str]) -> None:
-    """Raise UnsupportedError for a keyword that is neither known nor an annotation."""
-    for keyword in schema:
-        if keyword not in known and keyword not in ANNOTATIONS:
-            raise UnsupportedError(f"the keyword {keyword!r} is not supported here")
+class _Short(random.Random):
+    """Makes rstr's texts short, and the same in every run.
+
+    A part that may be repeated occurs `repeats` times, or as often as it must.
+    """
+
+    def __init__(self, seed: str, repeats: int) -> None:
+        super().__init__(seed)
+        self.left, self.repeats = MAX_VALUES, repeats
+
+    def randint(self, a: int, b: int) -> int:
+        repeats = min(max(a, self.repeats), b)
+        self.left -= repeats + 1
+        if self.left < 0:
+            raise OverflowError("the text would be too long")
+        return repeats
+
+    def choice(self, seq: Any) -> Any:
+        # rstr puts the characters of a class into a set, which has no fixed order.
+        return super().choice(sorted(seq) if isinstance(seq[0], str) else seq)
+
+
+def text_matching(pattern: re.Pattern[str], seed: str, repeats: int = 1) -> str:
+    """A short text that matches the pattern; '' if rstr can't make one."""
+    try:
+        text: str = Rstr(_Short(seed, repeats)).xeger(pattern)
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+        return ""
+    return text
+
+
+def merged(schema: Json) -> Json:
+    """The schema with all parts of `allOf` merged into it."""
+    found: Json = {}
+    for part in [*schema["allOf"], {k: v for k, v in schema.items() if k != "allOf"}]:
+        for keyword, value in part.items():
+            before = found.get(keyword)
+            if isinstance(before, dict) and isinstance(value, dict):
+                value = before | value
+            elif keyword == "required" and isinstance(before, list):
+                value = before + value
+            found[keyword] = value
+    return found
 
 
 def types_of(schema: Json) -> list[str]:

@@ -1,30 +1,94 @@
-"""Function tools: which function is called, and with which arguments."""
+"""Function tools: which functions are called, and with which arguments.
+
+Source: OpenAI's guide *Function calling*.
+"""
 
 import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from .errors import ApiError, Json
-from .requests import ApiObject, Choice, cut
-from .schema import json_text
+from .requests import ApiObject, Choice, FunctionCall, Name, cut
+from .schema import check_schema, json_text
 
 
 class Function(ApiObject):
     """A function that the model may call; `parameters` is a JSON schema."""
 
-    name: str
+    name: Name
     description: str | None = None
     parameters: Json | None = None
     strict: bool | None = None
 
 
-def choose_function(
-    functions: list[Function], tool_choice: str, question: str, *, done: bool
-) -> Function | None:
-    """The function to call, or None.
+class FunctionTool(ApiObject):
+    """A tool that is a function; the stub has no other kind."""
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, value: Any) -> Any:
+        if (kind := _other_type(value)) is not None:
+            raise ValueError(
+                f"the stub has no tools of type '{kind}'. Define a tool of type "
+                "'function' instead, and run it in your own code"
+            )
+        return value
+
+
+class FunctionChoice(ApiObject):
+    """The choice of a function that must be called."""
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, value: Any) -> Any:
+        if (kind := _other_type(value)) is not None:
+            raise ValueError(
+                f"the stub doesn't support the type '{kind}'. Use 'none', 'auto', "
+                "'required' or a function; to allow only some tools, send only those"
+            )
+        return value
+
+
+def _other_type(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind if isinstance(kind, str) and kind != "function" else None
+
+
+def check_functions(functions: Sequence[Function], param: str) -> None:
+    """Raise ApiError 400 unless every function's schema is one that works live.
+
+    `param` is where a function's schema is, such as `tools[{}].parameters`.
+    """
+    for index, function in enumerate(functions):
+        schema = function.parameters
+        if schema is None:
+            continue
+        where = f"function '{function.name}'"
+        strict = bool(function.strict)
+        check_schema(schema, where, param.format(index), strict=strict)
+
+
+def choose_functions(
+    functions: Sequence[Function],
+    tool_choice: str,
+    question: str,
+    *,
+    done: bool,
+    parallel: bool,
+) -> list[Function]:
+    """The functions to call; none of them for an answer in words.
 
     `tool_choice` is none, auto, required, or a name. With auto, the stub calls the
-    function whose name has the most words in common with the question, unless
-    `done`: then the last message is the result of a call. Raises ApiError 400 if
-    none of the functions fits.
+    functions whose names have words in common with the question, unless `done`:
+    then the last message is the result of a call. Unless `parallel`, it calls only
+    the one with the most words in common. Raises ApiError 400 if none of the
+    functions fits.
     """
     if tool_choice == "none" or not functions:
         if tool_choice not in ("none", "auto"):
@@ -33,7 +97,7 @@ def choose_function(
                 "'tool_choice' is only allowed when 'tools' are specified.",
                 "tool_choice",
             )
-        return None
+        return []
 
     def common(function: Function) -> int:
         words = re.findall(r"[^\W_]{4,}", function.name.casefold())
@@ -41,29 +105,41 @@ def choose_function(
 
     if tool_choice in ("auto", "required"):
         best = max(functions, key=common)
-        return (
-            best if tool_choice == "required" or (common(best) and not done) else None
-        )
+        if tool_choice == "auto" and (done or not common(best)):
+            return []
+        return [one for one in functions if parallel and common(one)] or [best]
     for function in functions:
         if function.name == tool_choice:
-            return function
+            return [function]
     raise ApiError(400, f"There is no tool '{tool_choice}' in 'tools'.", "tool_choice")
 
 
-def call_function(
-    function: Function, question: str, limit: int | None, *, named: bool
+def call_functions(
+    functions: Sequence[Function], question: str, limit: int | None, *, named: bool
 ) -> Choice:
-    """A call of the function, with arguments made from its schema.
+    """Calls of the functions, with arguments made from their schemas.
 
-    If `tool_choice` `named` the function, finish_reason is the same as for text.
+    All calls together have at most `limit` tokens. If `tool_choice` `named` the
+    function, finish_reason is the same as for text.
     """
-    text = json_text(function.parameters or {"type": "object"}, question, "tools")
-    made = cut(text, limit)
-    if made.reason == "stop" and not named:
-        return Choice(made.tokens, "tool_calls", function.name)
-    return Choice(made.tokens, made.reason, function.name)
+    calls: list[FunctionCall] = []
+    reason = "stop" if named else "tool_calls"
+    used = 0
+    for function in functions:
+        schema = function.parameters or {"type": "object"}
+        text = json_text(schema, question, "tools", strict=bool(function.strict))
+        made = cut(text, None if limit is None else limit - used)
+        if made.tokens:
+            calls.append(FunctionCall(function.name, made.tokens))
+            used += len(made.tokens)
+        if made.reason == "length":
+            reason = "length"
+            break
+    return Choice(
+        [token for call in calls for token in call.tokens], reason, tuple(calls)
+    )
 
 
-def call_id(key: str) -> str:
-    """The id of a function call."""
-    return f"call_{key[:24]}"
+def call_id(key: str, number: int) -> str:
+    """The id of an answer's function call with this number."""
+    return f"call_{number:04x}{key[:20]}"

@@ -1,0 +1,313 @@
+"""Caps: how many calls and tokens live mode may use, and how many it has used.
+
+Before a call is sent, the most tokens that it can use are reserved under the cap:
+one for each byte of its body, plus the token limit of each answer. A call that
+names no limit gets the one in the settings. A call whose tokens can't be bounded is
+refused. When the upstream reports what the call used, that replaces the reservation.
+A call that never reached the upstream counts as nothing.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .answers import tokens
+from .api.completions import DEFAULT_MAX_TOKENS
+from .api.errors import ApiError, Json
+from .api.requests import encode
+from .journal import Attempt
+from .settings import Settings
+
+CHATS = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+# The parameters that limit an answer. A call that names none is sent with the first.
+LIMIT_NAMES: dict[str, tuple[str, ...]] = {
+    CHATS: ("max_tokens",),
+    COMPLETIONS: ("max_tokens",),
+    RESPONSES: ("max_output_tokens",),
+    "/v1/embeddings": (),
+}
+# OpenAI's newer models refuse `max_tokens` in chats. Ollama ignores the other name.
+OPENAI_CHAT_LIMITS = ("max_completion_tokens", "max_tokens")
+OPENAI_HOST = re.compile(r"(^|\.)openai(\.azure)?\.com$")
+MIN_OUTPUT_TOKENS = 16  # that OpenAI accepts for a response
+MAX_COUNT = 2**31 - 1  # the largest integer that every server can read
+
+# Parameters that are refused, because nothing here bounds the tokens they add.
+STORED = (
+    "it adds text to the prompt that only the provider has. Put the text itself into "
+    "'input'."
+)
+HOSTED = (
+    "hosted tools add text to the prompt and cost extra. Use tools of type 'function'."
+)
+NOT_TEXT = (
+    "only text, function calls and their results have at most one token per byte. Use "
+    "only those."
+)
+UNBOUNDED = {
+    "background": "its response doesn't report what it used. Leave it out.",
+    "context_management": "it uses tokens beyond the answer's limit. Leave it out.",
+    "conversation": STORED,
+    "prediction": "rejected tokens count beyond the answer's limit. Leave it out.",
+    "previous_response_id": STORED,
+    "web_search_options": HOSTED,
+}
+TEXT_PARTS = (
+    "text",
+    "input_text",
+    "output_text",
+    "reasoning_text",
+    "summary_text",
+    "refusal",
+)
+TEXT_ITEMS = (
+    "message",
+    "function_call",
+    "function_call_output",
+    "custom_tool_call",
+    "custom_tool_call_output",
+    "reasoning",
+)
+
+
+@dataclass
+class Reservation:
+    """The most tokens that a call can use, which count until its usage is known."""
+
+    body: bytes = b""
+    """What is sent. The prompt has at most one token per byte."""
+    prompt: int = 0
+    answer: int = 0
+    """Tokens in each answer."""
+    answers: int = 1
+    estimate: int = 0
+    """The stub's own estimate of the prompt's tokens, for the journal."""
+    limit_set: int | None = None
+    """The token limit that live mode added to the call."""
+    sent: bool = False
+    """Whether any part of the call may have reached the upstream."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that are reserved."""
+        return self.prompt + self.answer * self.answers
+
+
+class Caps:
+    """Counts what the calls to an upstream use, and refuses calls over a cap."""
+
+    def __init__(self, host: str) -> None:
+        self.calls = self.tokens = 0
+        self._host = host
+        # The most that the upstream has used beyond a limit or a prompt's bytes.
+        self._longest_answer = self._extra_prompt = 0
+
+    def reserve(self, path: str, body: Json, settings: Settings) -> Reservation:
+        """What the call can use at most. If the body names no token limit, it gets one.
+
+        Raises ApiError 400 for an invalid limit, and 403 if the call's tokens can't
+        be bounded.
+        """
+        refuse_unbounded(path, body)
+        prompts = named(body, "prompt", "input", "messages", "instructions")
+        reserved = Reservation(estimate=estimate([value for _, value in prompts]))
+        names = self._limit_names(path)
+        if names:
+            limits = counts(
+                body, "max_completion_tokens", "max_output_tokens", "max_tokens"
+            )
+            if all(body.get(name) is None for name in names):
+                limit = max(limits, default=default_limit(path, settings))
+                body[names[0]] = reserved.limit_set = limit
+                limits.append(limit)
+            reserved.answer = max(*limits, self._longest_answer)
+            reserved.answers = max(counts(body, "n", "best_of"), default=1)
+            reserved.answers *= prompt_count(body)
+        reserved.body = encode(body)  # in the original, a name could occur twice
+        reserved.prompt = len(reserved.body) + self._extra_prompt
+        return reserved
+
+    def take(self, reserved: Reservation, settings: Settings) -> None:
+        """Count a call and its reservation; ApiError 403 if it could exceed a cap."""
+        for name, cap, used, more in (
+            ("max_calls", settings.max_calls, self.calls, 1),
+            ("max_tokens", settings.max_tokens, self.tokens, reserved.tokens),
+        ):
+            if used + more > cap:
+                message = (
+                    f"Not sent: this call could exceed live mode's cap {name}={cap} "
+                    f"({used} used so far, and up to {more} for this call). To raise "
+                    f"the cap, run connect(live=True, {name}=…)."
+                )
+                raise ApiError(403, message, name, "live_cap", kind="live_cap")
+        self.calls += 1
+        self.tokens += reserved.tokens
+
+    def give_back(self, reserved: Reservation) -> None:
+        """Count a call as nothing, because it never reached the upstream."""
+        self.calls -= 1
+        self.tokens -= reserved.tokens
+
+    def settle(self, reserved: Reservation, entry: Attempt, status: int) -> None:
+        """Replace the reservation by what the call used, if the upstream reported it.
+
+        Otherwise it stays counted in full, because it may be charged: also a broken
+        answer, or a gateway's 504 for an answer that was generated.
+        """
+        if 400 <= status < 500:
+            self.tokens -= reserved.tokens
+        elif entry.prompt_tokens:
+            self.tokens += entry.prompt_tokens + entry.completion_tokens
+            self.tokens -= reserved.tokens
+            self._learn(reserved, entry)
+        elif status < 400:
+            entry.prompt_tokens = reserved.estimate
+
+    def _limit_names(self, path: str) -> tuple[str, ...]:
+        """The parameters that limit an answer at this upstream, the usual one first."""
+        if path == CHATS and OPENAI_HOST.search(self._host):
+            return OPENAI_CHAT_LIMITS
+        return LIMIT_NAMES[path]
+
+    def _learn(self, reserved: Reservation, entry: Attempt) -> None:
+        """Reserve more from now on if the upstream used more than was reserved."""
+        extra = entry.prompt_tokens - len(reserved.body)
+        self._extra_prompt = max(self._extra_prompt, extra)
+        if entry.completion_tokens > reserved.answer * reserved.answers:
+            longest = math.ceil(entry.completion_tokens / reserved.answers)
+            self._longest_answer = max(self._longest_answer, longest)
+
+
+def default_limit(path: str, settings: Settings) -> int:
+    """The token limit of a call that names none.
+
+    A completion gets the API's own default, so that it ends where it would without
+    live mode. Chats and responses have no default.
+    """
+    if path == COMPLETIONS:
+        return DEFAULT_MAX_TOKENS
+    least = MIN_OUTPUT_TOKENS if path == RESPONSES else 1
+    return max(least, settings.max_answer_tokens)
+
+
+def refuse_unbounded(path: str, body: Json) -> None:
+    """Raise ApiError 403 for a call that can use more tokens than its body shows."""
+    for name, value in named(body, *UNBOUNDED):
+        if value is not False:
+            raise unbounded(name, UNBOUNDED[name.lower()])
+    for name, value in named(body, "modalities"):
+        if value not in ([], ["text"]):
+            raise unbounded(name, NOT_TEXT)
+    if path == RESPONSES and named(body, "prompt"):
+        raise unbounded("prompt", STORED)
+    for name, tools in named(body, "tools"):
+        for index, tool in enumerate(_list(tools)):
+            kind = isinstance(tool, dict) and tool.get("type")
+            if kind and kind not in ("function", "custom"):
+                raise unbounded(f"{name}[{index}]", HOSTED, kind)
+    for name, items in named(body, "messages", "input", "instructions"):
+        for index, item in enumerate(_list(items)):
+            if isinstance(item, dict):
+                refuse_unbounded_item(f"{name}[{index}]", item)
+
+
+def refuse_unbounded_item(where: str, item: Json) -> None:
+    """Raise ApiError 403 for a message or input item that isn't only text."""
+    kind = item.get("type") or ("message" if "role" in item else None)
+    # Without its content, the provider looks reasoning up by its id.
+    by_id = kind == "reasoning" and not any(
+        item.get(name) for name in ("content", "encrypted_content")
+    )
+    if by_id or kind == "item_reference":
+        raise unbounded(where, STORED, kind)
+    if kind not in TEXT_ITEMS or item.get("audio"):
+        raise unbounded(where, NOT_TEXT, kind)
+    for name, parts in named(item, "content", "output"):
+        for index, part in enumerate(_list(parts)):
+            if isinstance(part, dict) and part.get("type") not in TEXT_PARTS:
+                param = f"{where}.{name}[{index}]"
+                raise unbounded(param, NOT_TEXT, part.get("type"))
+
+
+def unbounded(param: str, reason: str, kind: object = None) -> ApiError:
+    """403 for a parameter, or an item of this kind, whose tokens can't be bounded."""
+    what = f"'{param}' of type {kind!r:.40}" if kind else f"'{param}'"
+    message = f"Not sent: live mode can't limit the cost of {what}, because {reason}"
+    return ApiError(403, message, param, "live_cap", kind="live_cap")
+
+
+def named(body: Json, *names: str) -> list[tuple[str, Any]]:
+    """The parameters with these names that aren't null.
+
+    Upper and lower case are the same, as they are to servers written in Go.
+    """
+    return [
+        (name, value)
+        for name, value in body.items()
+        if name.lower() in names and value is not None
+    ]
+
+
+def counts(body: Json, *names: str) -> list[int]:
+    """The values of parameters that must be counts.
+
+    Raises ApiError 400 for any other value: servers read those differently.
+    """
+    found = []
+    for name, value in named(body, *names):
+        if type(value) is not int or not 1 <= value <= MAX_COUNT:
+            message = (
+                f"Invalid value for '{name}': {value!r:.40}. Live mode's caps need a "
+                f"whole number from 1 to {MAX_COUNT}."
+            )
+            raise ApiError(400, message, name, "invalid_value")
+        found.append(value)
+    return found
+
+
+def prompt_count(body: Json) -> int:
+    """How many prompts a completion has; a list of token ids is one prompt."""
+    return max(
+        [
+            len(prompts)
+            for _, prompts in named(body, "prompt")
+            if isinstance(prompts, list)
+            and not all(isinstance(p, int) for p in prompts)
+        ],
+        default=1,
+    )
+
+
+def estimate(value: Any) -> int:
+    """Estimate the tokens in all texts of a value."""
+    if isinstance(value, str):
+        return len(tokens(value))
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return sum(map(estimate, value))
+    return int(isinstance(value, int))  # a prompt may consist of token ids
+
+
+def usage(tail: bytes) -> tuple[int, int]:
+    """Prompt and answer tokens, read from the end of an answer; (0, 0) if absent."""
+    text = tail.decode(errors="replace")
+
+    def last(*names: str) -> int | None:
+        found = re.findall(rf'"(?:{"|".join(names)})"\s*:\s*(\d+)', text)
+        return int(found[-1]) if found else None
+
+    prompt = last("prompt_tokens", "input_tokens")
+    answer = last("completion_tokens", "output_tokens")
+    total = last("total_tokens")
+    if not prompt or (answer is None and total is None):
+        return 0, 0
+    # Some servers leave out the total, others leave reasoning out of the answer.
+    return prompt, max(answer or 0, (total or 0) - prompt)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
