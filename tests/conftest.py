@@ -14,6 +14,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from helpers import connect
 from helpers.connection import Provider, ProviderError, current
+from helpers.environment import RECORD
 from llm_stub.settings import Settings
 
 # Slow files, slowest first. They start first, so that no worker is left running
@@ -75,9 +76,11 @@ class SocketKernelManager(KernelManager):
     ) -> None:
         """Start the kernel with this folder as TMPDIR.
 
-        A killed kernel can't remove its temporary files, so we remove the folder.
+        A killed kernel can't remove its temporary files, so we remove the folder. A
+        kernel has a stub of its own, and not that of the process that started it.
         """
-        super().start_kernel(env={**env, "TMPDIR": self.folder.name}, **options)
+        own = {name: text for name, text in env.items() if name != RECORD}
+        super().start_kernel(env={**own, "TMPDIR": self.folder.name}, **options)
 
 
 nbval.kernel.KernelManager = SocketKernelManager
@@ -99,7 +102,8 @@ def stop_stub_at_exit() -> Iterator[None]:
 def provider(stop_stub_at_exit: None) -> Iterator[Provider]:
     """A running stub with default settings and an empty journal."""
     with mock.patch.dict(os.environ):
-        os.environ.pop("LLM_PROVIDER_URL", None)
+        for name in ("LLM_PROVIDER_URL", RECORD):
+            os.environ.pop(name, None)
         provider = connect(**Settings().model_dump())
         provider.ask("/_provider/journal?settle=5")
         provider.ask("/_provider/reset", "POST")

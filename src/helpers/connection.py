@@ -179,8 +179,9 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
 
     With `live`, or LLM_LIVE=1 in the environment, calls are forwarded to the
     server at OPENAI_BASE_URL, or to OpenAI, with the key from OPENAI_API_KEY and
-    the model from LLM_MODEL. They are refused once `max_calls` or `max_tokens`
-    is reached.
+    the model from LLM_MODEL, which doesn't apply to embeddings. They are refused
+    once `max_calls` or `max_tokens` is reached. A chat or response without a token
+    limit is sent with `max_answer_tokens`.
 
     Raises ProviderError if the stub can't be started or reached, and ValueError
     for a setting that doesn't exist or is out of range. Even after an error, no

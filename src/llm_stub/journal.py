@@ -125,14 +125,14 @@ class Journal:
         many attempts with such a number are no longer kept. To read only what is
         new, pass the returned `changed` the next time.
         """
-        now, until = self.now(), self._next
+        now, until, changes = self.now(), self._next, self._changes
         kept = [entry for entry in self._attempts if number <= entry.number < until]
         while any(entry.end is None for entry in kept) and self.now() < now + settle:
             await asyncio.sleep(0.01)
         head = {
             "now": now,
             "next": until,
-            "changed": self._changes,
+            "changed": changes,
             "dropped": max(until - number, 0) - len(kept),
         }
         return head, [entry for entry in kept if entry.changed > changed]

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest import mock
 
 import nbformat
 import pytest
@@ -42,10 +43,10 @@ def cluster(
     stop_stub_at_exit: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Client]:
     """A client of a scheduler and two workers, started with the lesson's commands."""
-    connect()  # sets the environment variables that point the workers at the stub
     folder = tmp_path_factory.mktemp("cluster")
     quiet = {"DASK_LOGGING__DISTRIBUTED": "error"}
-    with ExitStack() as stack:
+    with ExitStack() as stack, mock.patch.dict(os.environ):
+        connect()  # sets the variables that point the workers at the stub
 
         def start(*words: str, name: str) -> None:
             with (folder / f"{name}.txt").open("wb") as log:

@@ -402,3 +402,20 @@ def test_control_requests_are_not_in_the_journal(provider: Provider) -> None:
     provider.configure()
     get_stats(provider)
     assert finished_attempts(provider) == []
+
+
+def test_attempt_that_arrives_while_a_page_settles_is_on_the_next_page() -> None:
+    async def read_two_pages() -> list[int]:
+        journal = Journal()
+        first = journal.arrive("GET /", 1)
+        settling = asyncio.create_task(journal.since(0, settle=10))
+        await asyncio.sleep(0)  # it waits for the first attempt to end
+        second = journal.arrive("GET /", 1)
+        journal.end(first)
+        head, attempts = await settling
+        assert attempts == [first]
+        _, attempts = await journal.since(0, changed=int(head["changed"]))
+        assert second in attempts
+        return [entry.number for entry in attempts]
+
+    assert 1 in asyncio.run(read_two_pages())

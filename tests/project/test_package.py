@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.environment import RECORD
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,7 +39,9 @@ def test_stub_starts_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> N
         "print(helpers.__file__, provider.ask('/_provider/stats')['requests'])\n"
     )
     environ = {
-        name: text for name, text in os.environ.items() if name != "LLM_PROVIDER_URL"
+        name: text
+        for name, text in os.environ.items()
+        if name not in ("LLM_PROVIDER_URL", RECORD)
     }
     done = subprocess.run(
         [sys.executable, "-c", script],
