@@ -57,8 +57,8 @@ def call(*words: object, environment: Optional[Mapping[str, str]] = None) -> int
 def set_up() -> None:
     """Install exactly what requirements.lock lists into `.venv`.
 
-    A `.venv` can't be moved: its scripts contain its path. So a moved or copied
-    project gets a new one.
+    A `.venv` can't be moved, because its scripts contain its path. A moved or
+    copied project gets a new one.
     """
     wanted = "python {}.{}, lock {}, in {}\n".format(
         *sys.version_info[:2], hashlib.sha256(LOCK.read_bytes()).hexdigest(), ROOT

@@ -76,8 +76,9 @@ class SocketKernelManager(KernelManager):
     ) -> None:
         """Start the kernel with this folder as TMPDIR.
 
-        A killed kernel can't remove its temporary files, so we remove the folder. A
-        kernel has a stub of its own, and not that of the process that started it.
+        A killed kernel can't remove its temporary files, so we remove the folder. Each
+        kernel starts its own stub, and doesn't use the stub of the process that
+        started the kernel.
         """
         own = {name: text for name, text in env.items() if name != RECORD}
         super().start_kernel(env={**own, "TMPDIR": self.folder.name}, **options)

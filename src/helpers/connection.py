@@ -131,7 +131,7 @@ class Provider:
             raise ProviderError(self.explain_no_answer(error)) from None
 
     def _recognize(self) -> None:
-        """Find out whether it is live; ProviderError if the stub doesn't answer."""
+        """Find out whether the stub is live; ProviderError if it doesn't answer."""
         try:
             self.live = bool(self.ask("/_provider/stats")["live"])
         except (LookupError, OSError, TypeError, ValueError, http.client.HTTPException):
@@ -169,7 +169,7 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
 
     Call it before you build a client. A second call returns the same stub, or
     starts a new one at the same address if it has stopped. A child process uses
-    its parent's stub, if that is running in the same mode. If LLM_PROVIDER_URL is
+    its parent's stub, if it is running in the same mode. If LLM_PROVIDER_URL is
     set, `connect` uses the stub at that address.
 
     Settings, all optional: `first_token` and `per_token` (seconds), `jitter`
@@ -224,7 +224,7 @@ def _connect(live: bool | None, settings: dict[str, Any]) -> Provider:
 
 
 def _point_clients_at(stub: Provider | None) -> None:
-    """Point them at the stub or, without one, at an address without a server."""
+    """Point clients at the stub; without one, at an address that has no server."""
     stub = stub or Provider(environment.NO_STUB)
     environment.point_clients_at(
         stub.url, live=stub.live, started_with=stub.started_with
@@ -256,9 +256,9 @@ def _reject_unusable_live_mode(url: str) -> None:
         )
     for name in environment.unusable_headers():
         raise ProviderError(
-            f"Live mode sends {name} in a header, but it contains a line break, a "
-            "character that isn't ASCII, or a space at its start or end. Correct it, "
-            "then run connect() again."
+            f"Live mode sends {name} in a header, but its value contains a line break, "
+            "a non-ASCII character, or a space at the start or end. Correct it, then "
+            "run connect() again."
         )
     if not environment.record().own and not environment.has_key():
         raise ProviderError(

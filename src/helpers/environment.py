@@ -17,8 +17,8 @@ NO_STUB = "http://127.0.0.1:9"  # an address without a server
 ON = ("1", "true", "yes", "on", "y", "t")
 OFF = ("", "0", "false", "no", "off", "n", "f")
 
-# Variables that the user may have set for other programs. With them, a client can't
-# be built, can't call the stub, or calls another server.
+# Variables that the user may have set for other programs. They can stop a client
+# from being built, keep it from reaching the stub, or send its calls elsewhere.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 PROXY = re.compile(
     r"(https?://)?([^\s/?#@]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?/?", re.IGNORECASE
@@ -26,12 +26,12 @@ PROXY = re.compile(
 NO_PROXY_HOST = re.compile(r"[\w.*-]+(:\d+)?(/\d+)?|[\da-f:.]+", re.IGNORECASE)
 HEADERS = (KEY, "OPENAI_ORG_ID", "OPENAI_ORGANIZATION", "OPENAI_PROJECT_ID")
 UNWANTED = (
-    "OPENAI_PROXY",  # LangChain uses it for loopback, too
-    "OPENAI_API_TYPE",  # these lead to Azure
+    "OPENAI_PROXY",  # LangChain uses it even for loopback
+    "OPENAI_API_TYPE",  # this and the next three make the SDK call Azure
     "AZURE_OPENAI_API_KEY",
     "AZURE_OPENAI_AD_TOKEN",
     "AZURE_OPENAI_ENDPOINT",
-    "LANGCHAIN_TRACING",  # LangChain refuses these two, which are obsolete
+    "LANGCHAIN_TRACING",  # these two are obsolete, and LangChain rejects them
     "LANGCHAIN_HANDLER",
 )
 UNWANTED_UNLESS_LIVE = (
@@ -45,7 +45,7 @@ RECORD = "LLM_STUB_OF_PARENT"
 
 @dataclass
 class Record:
-    """What `connect` has done. It's in a variable, so child processes inherit it."""
+    """What `connect` has done, kept in a variable that child processes inherit."""
 
     url: str = ""  # where it pointed the clients, without /v1
     live: bool = False
@@ -62,19 +62,19 @@ def record() -> Record:
 
 
 def switch(name: str) -> bool:
-    """Whether a variable is on; ValueError for a word that is neither on nor off."""
+    """Whether a variable is on; ValueError if its value means neither on nor off."""
     text = os.environ.get(name, "")
     word = text.strip().lower()
     if word in ON or word in OFF:
         return word in ON
     raise ValueError(
-        f"{name}={text!r} is neither on ({', '.join(ON)}) nor off "
-        f"({', '.join(OFF[1:])}). Set it to one of these words, or unset it."
+        f"{name}={text!r} is not a valid value. Set it to {', '.join(ON)} (on) or "
+        f"{', '.join(OFF[1:])} (off), or unset it."
     )
 
 
 def provider_url() -> str:
-    """LLM_PROVIDER_URL without a slash at its end; empty if it isn't set."""
+    """LLM_PROVIDER_URL without a trailing slash; empty if it isn't set."""
     return os.environ.get("LLM_PROVIDER_URL", "").strip().rstrip("/")
 
 
@@ -84,7 +84,7 @@ def has_key() -> bool:
 
 
 def unusable_headers() -> list[str]:
-    """The variables whose text can't be sent in a header."""
+    """The variables whose values can't be sent in a header."""
     return [name for name in HEADERS if name in record().aside]
 
 
@@ -108,13 +108,13 @@ def point_clients_at(
 ) -> None:
     """Make OpenAI clients, LangChain and their HTTP library use the stub.
 
-    Records the user's own addresses before they are replaced, and sets aside the
-    variables that would break clients.
+    Records the user's own addresses before replacing them. Removes the variables that
+    would break clients, and records those as well.
     """
     environ, last = os.environ, record()
     now = Record(url, live, started_with, last.own)
     replaced = f"{last.url}/v1"
-    if any(environ.get(name) != replaced for name in ADDRESSES):  # by the user
+    if any(environ.get(name) != replaced for name in ADDRESSES):  # set by the user
         found = {name: environ.get(name, "") for name in ADDRESSES}
         now.own = {name: at for name, at in found.items() if at not in ("", replaced)}
     back = {
@@ -137,10 +137,10 @@ def point_clients_at(
 
 
 def _breaks_clients(name: str, text: str, live: bool) -> bool:
-    """Whether clients of the stub would fail, or call another server."""
+    """Whether the variable would make clients fail, or call another server."""
     if not text:
         return False
-    if name.upper() in PROXIES:  # clients read them in any spelling
+    if name.upper() in PROXIES:  # clients ignore their case
         return not PROXY.fullmatch(text)
     if name in HEADERS:
         return not (text.isascii() and text.isprintable() and text == text.strip())

@@ -129,9 +129,9 @@ class Timeline:
         self._provider = current()
         mark = self._provider.ask(f"/_provider/journal?since={10**12}")
         self._since, self._start = mark["next"], mark["now"]
-        self._changed = 0  # number of the last change that was read
+        self._changed = 0  # number of the last change that we read
         self._known: dict[int, Attempt] = {}  # by number in the stub's journal
-        self._open: dict[int, Any] = {}  # the entries that had not ended
+        self._open: dict[int, Any] = {}  # entries that have not ended
         if self._live:
             self._show()
         return self
@@ -182,7 +182,7 @@ class Timeline:
         return png([self])
 
     def _read(self, settle: float = 0) -> None:
-        """Read what is new about this run's attempts from the journal."""
+        """Read from the journal what has changed in this run's attempts."""
         query = f"since={self._since}&settle={settle}&changed={self._changed}"
         page = self._provider.ask(f"/_provider/journal?{query}")
         if self._provider.exit_code is not None:  # another stub has its address now
@@ -205,7 +205,7 @@ class Timeline:
             if end == entry["end"]:
                 del self._open[number]
         self.wall = now - self._start
-        # Assigned as a whole, because the block may read it at any time.
+        # Assigned in one step, because the block may read it at any time.
         self.journal = [self._known[number] for number in sorted(self._known)]
 
 

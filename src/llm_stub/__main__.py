@@ -17,7 +17,7 @@ from .open_files import Connections, raise_limit
 from .server import Connection, Server
 
 HOST = "127.0.0.1"  # loopback only, never 0.0.0.0
-MAX_WAITING = 4096  # connections that wait to be accepted
+MAX_WAITING = 4096  # connections waiting to be accepted
 PARENT_POLL = 0.5  # seconds between checks of the parent
 
 

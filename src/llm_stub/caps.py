@@ -1,10 +1,10 @@
 """Caps: how many calls and tokens live mode may use, and how many it has used.
 
-Before a call is sent, the most tokens that it can use are reserved under the cap:
-one for each byte of its body, plus the token limit of each answer. A call that
-names no limit gets the one in the settings. A call whose tokens can't be bounded is
-refused. When the upstream reports what the call used, that replaces the reservation.
-A call that never reached the upstream counts as nothing.
+Before a call is sent, we reserve the most tokens that it can use: one for each byte
+of its body, plus the token limit of each answer. A call without a limit gets the one
+in the settings. We refuse a call whose tokens we can't bound. When the upstream
+reports the actual usage, that replaces the reservation. A call that never reached the
+upstream doesn't count.
 """
 
 import math
@@ -22,7 +22,7 @@ from .settings import Settings
 CHATS = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
-# The parameters that limit an answer. A call that names none is sent with the first.
+# The parameters that limit an answer. A call without any of them gets the first.
 LIMIT_NAMES: dict[str, tuple[str, ...]] = {
     CHATS: ("max_tokens",),
     COMPLETIONS: ("max_tokens",),
@@ -32,26 +32,25 @@ LIMIT_NAMES: dict[str, tuple[str, ...]] = {
 # OpenAI's newer models refuse `max_tokens` in chats. Ollama ignores the other name.
 OPENAI_CHAT_LIMITS = ("max_completion_tokens", "max_tokens")
 OPENAI_HOST = re.compile(r"(^|\.)openai(\.azure)?\.com$")
-MIN_OUTPUT_TOKENS = 16  # that OpenAI accepts for a response
+MIN_OUTPUT_TOKENS = 16  # the lowest limit that OpenAI accepts for a response
 MAX_COUNT = 2**31 - 1  # the largest integer that every server can read
 
-# Parameters that are refused, because nothing here bounds the tokens they add.
+# Parameters that are refused, because we can't bound the tokens that they add.
 STORED = (
-    "it adds text to the prompt that only the provider has. Put the text itself into "
-    "'input'."
+    "the provider adds stored text to the prompt. Put the text itself into 'input'."
 )
 HOSTED = (
     "hosted tools add text to the prompt and cost extra. Use tools of type 'function'."
 )
 NOT_TEXT = (
-    "only text, function calls and their results have at most one token per byte. Use "
-    "only those."
+    "only text, function calls and their results are sure to have at most one token "
+    "per byte. Send only those."
 )
 UNBOUNDED = {
-    "background": "its response doesn't report what it used. Leave it out.",
+    "background": "the response doesn't report its token usage. Leave it out.",
     "context_management": "it uses tokens beyond the answer's limit. Leave it out.",
     "conversation": STORED,
-    "prediction": "rejected tokens count beyond the answer's limit. Leave it out.",
+    "prediction": "rejected tokens count on top of the answer's limit. Leave it out.",
     "previous_response_id": STORED,
     "web_search_options": HOSTED,
 }
@@ -75,7 +74,7 @@ TEXT_ITEMS = (
 
 @dataclass
 class Reservation:
-    """The most tokens that a call can use, which count until its usage is known."""
+    """The most tokens that a call can use. They count until its usage is known."""
 
     body: bytes = b""
     """What is sent. The prompt has at most one token per byte."""
@@ -102,11 +101,12 @@ class Caps:
     def __init__(self, host: str) -> None:
         self.calls = self.tokens = 0
         self._host = host
-        # The most that the upstream has used beyond a limit or a prompt's bytes.
+        # The longest answer that exceeded its limit, and the most prompt tokens that
+        # the upstream has counted beyond the body's bytes.
         self._longest_answer = self._extra_prompt = 0
 
     def reserve(self, path: str, body: Json, settings: Settings) -> Reservation:
-        """What the call can use at most. If the body names no token limit, it gets one.
+        """The most that the call can use. Adds a token limit to a body without one.
 
         Raises ApiError 400 for an invalid limit, and 403 if the call's tokens can't
         be bounded.
@@ -126,12 +126,12 @@ class Caps:
             reserved.answer = max(*limits, self._longest_answer)
             reserved.answers = max(counts(body, "n", "best_of"), default=1)
             reserved.answers *= prompt_count(body)
-        reserved.body = encode(body)  # in the original, a name could occur twice
+        reserved.body = encode(body)  # the original could contain a name twice
         reserved.prompt = len(reserved.body) + self._extra_prompt
         return reserved
 
     def take(self, reserved: Reservation, settings: Settings) -> None:
-        """Count a call and its reservation; ApiError 403 if it could exceed a cap."""
+        """Count the call and its reservation; ApiError 403 if it could exceed a cap."""
         for name, cap, used, more in (
             ("max_calls", settings.max_calls, self.calls, 1),
             ("max_tokens", settings.max_tokens, self.tokens, reserved.tokens),
@@ -147,15 +147,16 @@ class Caps:
         self.tokens += reserved.tokens
 
     def give_back(self, reserved: Reservation) -> None:
-        """Count a call as nothing, because it never reached the upstream."""
+        """Undo `take` for a call that never reached the upstream."""
         self.calls -= 1
         self.tokens -= reserved.tokens
 
     def settle(self, reserved: Reservation, entry: Attempt, status: int) -> None:
-        """Replace the reservation by what the call used, if the upstream reported it.
+        """Replace the reservation with the call's usage, if the upstream reported it.
 
-        Otherwise it stays counted in full, because it may be charged: also a broken
-        answer, or a gateway's 504 for an answer that was generated.
+        A call that the upstream rejected (4xx) uses no tokens. Any other reservation
+        stays counted in full, because you may be charged even for a broken answer, or
+        for one that a gateway replaced with a 504.
         """
         if 400 <= status < 500:
             self.tokens -= reserved.tokens
@@ -182,10 +183,10 @@ class Caps:
 
 
 def default_limit(path: str, settings: Settings) -> int:
-    """The token limit of a call that names none.
+    """The token limit of a call that doesn't set one.
 
     A completion gets the API's own default, so that it ends where it would without
-    live mode. Chats and responses have no default.
+    live mode. In the API, chats and responses have no default.
     """
     if path == COMPLETIONS:
         return DEFAULT_MAX_TOKENS
@@ -233,7 +234,7 @@ def refuse_unbounded_item(where: str, item: Json) -> None:
 
 
 def unbounded(param: str, reason: str, kind: object = None) -> ApiError:
-    """403 for a parameter, or an item of this kind, whose tokens can't be bounded."""
+    """403 for a parameter, or an item of this kind, whose tokens we can't bound."""
     what = f"'{param}' of type {kind!r:.40}" if kind else f"'{param}'"
     message = f"Not sent: live mode can't limit the cost of {what}, because {reason}"
     return ApiError(403, message, param, "live_cap", kind="live_cap")
@@ -242,7 +243,7 @@ def unbounded(param: str, reason: str, kind: object = None) -> ApiError:
 def named(body: Json, *names: str) -> list[tuple[str, Any]]:
     """The parameters with these names that aren't null.
 
-    Upper and lower case are the same, as they are to servers written in Go.
+    The case of names is ignored, because servers written in Go ignore it.
     """
     return [
         (name, value)
@@ -254,7 +255,7 @@ def named(body: Json, *names: str) -> list[tuple[str, Any]]:
 def counts(body: Json, *names: str) -> list[int]:
     """The values of parameters that must be counts.
 
-    Raises ApiError 400 for any other value: servers read those differently.
+    Raises ApiError 400 for any other value, because servers interpret it differently.
     """
     found = []
     for name, value in named(body, *names):
@@ -305,7 +306,7 @@ def usage(tail: bytes) -> tuple[int, int]:
     total = last("total_tokens")
     if not prompt or (answer is None and total is None):
         return 0, 0
-    # Some servers leave out the total, others leave reasoning out of the answer.
+    # Some servers omit the total, others don't count reasoning as part of the answer.
     return prompt, max(answer or 0, (total or 0) - prompt)
 
 

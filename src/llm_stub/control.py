@@ -13,7 +13,7 @@ from .live import Live
 from .state import State
 
 MAX_SETTLE = 3600  # seconds
-SLICE = 500  # attempts that are encoded before other requests can run
+SLICE = 500  # attempts to encode before other requests can run
 
 Number = TypeVar("Number", int, float)
 

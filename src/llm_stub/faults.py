@@ -5,7 +5,7 @@
 | `slow`               | the first byte arrives `slow` seconds late                    |
 | `error_500`          | the API's error object, when the first token would be due     |
 | `error_503`          | the same with status 503                                      |
-| `insufficient_quota` | 429 at once: the account has no money left; retries don't help|
+| `insufficient_quota` | 429 at once: the account is out of credit; retries don't help |
 | `reset`              | a connection reset instead of the first byte                  |
 | `hang`               | nothing, ever                                                 |
 | `reset_midway`       | a connection reset in the middle of the body                  |
@@ -45,7 +45,7 @@ IN_ANSWER: frozenset[Fault] = frozenset(
     {"reset_midway", "truncated", "malformed", "null_choices", "wrong_type"}
 )
 
-# The part of a body or event that holds the answer: the first of these in it.
+# The field of a body or event that holds the answer: the first of these that exists.
 NULLED = "choices output data delta text arguments part item response".split()
 PAGE = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
 
@@ -60,7 +60,7 @@ def applied(fault: Fault | None, *, stream: bool) -> Fault | None:
 
 
 def wait_before(fault: Fault | None, first_token: float, settings: Settings) -> float:
-    """Seconds until the first byte, where there would be `first_token` without it."""
+    """Seconds until the first byte; without the fault, they would be `first_token`."""
     if fault == "insufficient_quota":
         return 0
     return first_token + (settings.slow if fault == "slow" else 0)
@@ -143,13 +143,13 @@ def _break_connection(request: web.Request, fault: Fault) -> NoReturn:
 
 
 def _nulled(body: Json) -> Json:
-    """The body without its answer."""
+    """The body with null instead of its answer."""
     name = next(name for name in NULLED if name in body)
     return {**body, name: None}
 
 
 def _error_event(event: Json) -> bytes:
-    """The event that reports an error, instead of this one."""
+    """The error event that replaces this one."""
     error = server_error(500).body["error"]
     if "sequence_number" not in event:
         return b"data: %b\n\n" % json.dumps({"error": error}).encode()

@@ -22,14 +22,14 @@ DAY = 86_400  # seconds
 
 
 class ExpiresAfter(ApiObject):
-    """When a file expires. The stub reports it, but keeps the file until it stops."""
+    """When a file expires. The stub reports this, but keeps the file until it stops."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=30 * DAY)]
 
 
 class Upload(ApiObject):
-    """The fields of an upload besides the file."""
+    """The fields of an upload, except the file."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -105,7 +105,7 @@ class Files:
     def add(
         self, name: str, purpose: str, content: bytes, expires_after: int | None = None
     ) -> File:
-        """Store a file. It is kept until the stub stops, even once it has expired."""
+        """Store a file until the stub stops, even if the file expires earlier."""
         if expires_after is None and purpose == "batch":
             expires_after = 30 * DAY
         now = int(time.time())

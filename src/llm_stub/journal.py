@@ -8,7 +8,7 @@ from typing import Any
 
 PROMPT_PREVIEW = 80  # characters of each prompt that the journal keeps
 MAX_ATTEMPTS = 20_000  # that the journal keeps; older ones are dropped
-# Faults after which the client still has a complete, well-formed answer.
+# Faults with which the client still gets a complete, well-formed answer.
 HARMLESS_FAULTS = frozenset({"slow", "content_filter"})
 
 
@@ -37,7 +37,7 @@ class Attempt:
     fault: str = ""
     """The fault that the stub caused, or `upstream` if the upstream failed."""
     changed: int = 0
-    """Number of this attempt's latest change; all changes are counted together."""
+    """Number of this attempt's latest change; all attempts share one counter."""
 
     def body(self) -> dict[str, Any]:
         """The attempt as a JSON object."""
@@ -122,8 +122,8 @@ class Journal:
 
         Waits up to `settle` seconds for those in flight to end, because a client
         may finish or hang up a moment before this process notices. `dropped` is how
-        many attempts with such a number are no longer kept. To read only what is
-        new, pass the returned `changed` the next time.
+        many attempts with these numbers are no longer kept. To read only what is new,
+        pass the `changed` that the last call returned.
         """
         now, until, changes = self.now(), self._next, self._changes
         kept = [entry for entry in self._attempts if number <= entry.number < until]

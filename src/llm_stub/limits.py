@@ -43,8 +43,8 @@ class Bucket:
         }
 
 
-# Clients size their concurrency by these headers, so they are also sent for a limit
-# that isn't set.
+# Some clients choose their concurrency by these headers, so we send them even for a
+# limit that isn't set.
 UNLIMITED = {
     f"x-ratelimit-{field}-{name}": value
     for name in ("requests", "tokens")

@@ -1,7 +1,7 @@
 """Live mode: forward calls to a real endpoint, the upstream, up to a cap.
 
-A call that names no token limit is sent with one (see `caps`), and its response says
-so in the header `x-live-max-tokens`. Keys pass through in the client's own header.
+A call without a token limit gets one (see `caps`), which the response shows in the
+header `x-live-max-tokens`. Keys pass through in the client's own header.
 They are never stored, logged or shown.
 """
 
@@ -41,7 +41,7 @@ OPENAI = "https://api.openai.com/v1"
 TIMEOUT = ClientTimeout(total=None, sock_connect=10, sock_read=600)  # seconds
 TAIL_BYTES = 4096  # at the end of an answer, where its usage is
 DONE = b"data: [DONE]\n\n"  # the last event of a completion's stream
-# Headers of one connection rather than of the message (RFC 9110, 7.6.1).
+# Headers that belong to one connection, not to the message (RFC 9110, 7.6.1).
 HOP_BY_HOP = frozenset(
     """
     connection content-length host keep-alive proxy-authenticate
@@ -51,7 +51,7 @@ HOP_BY_HOP = frozenset(
 
 
 class RelayedResponse(web.StreamResponse):
-    """A response of the upstream, passed on with its own headers."""
+    """The upstream's response, passed on with its own headers."""
 
 
 class Live:
@@ -89,7 +89,7 @@ class Live:
         """404 for a route that live mode doesn't forward."""
         message = (
             f"Live mode does not forward {request.method} {request.path}, because its "
-            "caps can't limit the cost of it. It forwards only completions, chats, "
+            "caps can't limit what it costs. It forwards only completions, chats, "
             "responses, embeddings and GET /v1/models."
         )
         return ApiError(404, message, code="not_forwarded")
@@ -152,11 +152,11 @@ class Live:
                     events + chunk.count(b"data: "),
                 )
                 await response.write(chunk)
-                if tail.endswith(DONE):  # the SDK hangs up here, so this is the end
+                if tail.endswith(DONE):  # the SDK disconnects here, so we stop too
                     break
         except (ClientPayloadError, TimeoutError):
             entry.fault = "upstream"
-            if request.transport:  # half an answer must not look like a whole one
+            if request.transport:  # half an answer must not look complete
                 request.transport.abort()
             raise ConnectionBrokenError("the upstream broke the connection") from None
         finally:
@@ -167,7 +167,7 @@ class Live:
         return response
 
     async def send(self, request: web.Request, reserved: Reservation) -> ClientResponse:
-        """Send the request to the upstream, and record in `reserved` that it is sent.
+        """Send the request to the upstream, and record in `reserved` that it was sent.
 
         Raises ApiError 502 or 504 if the upstream doesn't answer.
         """
@@ -245,7 +245,8 @@ async def _record_sent(
 ) -> None:
     """Record that the first part of a body is about to be sent, with its headers.
 
-    `on_request_headers_sent` would be too early: headers are checked after it.
+    `on_request_headers_sent` would be too early, because aiohttp calls it before it
+    checks the headers.
     """
     context.trace_request_ctx.sent = True
 

@@ -1,7 +1,7 @@
 """The limit on open files, which also limits how many connections the stub can hold.
 
-macOS starts programs with a limit of 256. A server that reaches it can't even accept
-a connection to refuse it, so the stub stops a little earlier.
+On macOS, the default is 256. A server that has reached its limit can't even accept a
+connection in order to refuse it, so the stub keeps a few files free.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from .api.errors import ApiError
 
 WANTED = 8192  # open files
-REFUSED_AFTER = 1.0  # seconds that a refused client has to send its request
+REFUSED_AFTER = 1.0  # seconds that we wait for a refused client's request
 RETRY_AFTER = 0.1  # seconds until the next attempt to accept a connection
 
 
@@ -33,11 +33,11 @@ def raise_limit() -> int:
 
 
 class Connections:
-    """Accepts connections, and refuses those that are too many.
+    """Accepts connections up to a limit, and refuses the rest.
 
-    `make` makes the protocol of a connection, and `count` returns how many of them are
-    open. Some files are kept free: for those that the process itself opens, and for
-    the connections that are being refused.
+    `make` creates the protocol of a connection, and `count` returns how many
+    connections are open. Some files are kept free for the process itself, and for
+    connections that are being refused.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Connections:
         while True:
             try:
                 connection, _ = await loop.sock_accept(listening)
-            except OSError:  # there is no file left, or the client has hung up
+            except OSError:  # no file is left, or the client has disconnected
                 await asyncio.sleep(RETRY_AFTER)
                 continue
             make = self._make
@@ -91,10 +91,10 @@ async def _open(
 
 
 class Refused(asyncio.Protocol):
-    """Answers whatever arrives with the refusal, and closes the connection.
+    """Sends the refusal as soon as anything arrives, and closes the connection.
 
-    Most clients read it only after they have sent their request, so it waits for that
-    request, but not for long.
+    Most clients read a response only after they have sent their request. So it waits
+    for the request, but only for REFUSED_AFTER.
     """
 
     def __init__(self, refusal: bytes, closed: Callable[[], None]) -> None:

@@ -207,7 +207,7 @@ class Server:
         raw = await request.read()
         try:
             call = read_call(request.path, raw)
-        except ApiError:  # it uses up a request, as it does at OpenAI
+        except ApiError:  # this uses up a request, as it does at OpenAI
             limits.admit(0, state.journal.now())
             request[LIMITS] = limits.headers()
             raise

@@ -75,7 +75,7 @@ class Settings(BaseModel):
     max_tokens: Annotated[int, Field(ge=0)] = 50_000
     """Live mode only: how many prompt and answer tokens these calls may use."""
     max_answer_tokens: Annotated[int, Field(ge=1)] = 500
-    """Live mode only: the token limit of a chat or response that names none."""
+    """Live mode only: the token limit of a chat or response that sets none."""
 
     def changed(self, changes: dict[str, Any]) -> Self:
         """These settings with some of them replaced.

@@ -24,8 +24,8 @@ class State:
     def change(self, changes: dict[str, Any]) -> None:
         """Change settings. If one is invalid, raise ValueError and change nothing.
 
-        Unless `changes` is empty, the tries of every prompt are counted from the
-        start again, even if no value differs.
+        Unless `changes` is empty, the count of every prompt's tries restarts, even if
+        no value is different.
         """
         changed = self.settings.changed(changes)
         if changes:

@@ -1,8 +1,8 @@
-"""Which requests come from a program on this machine, and not from a web page.
+"""Check that a request comes from a program on this machine, not from a web page.
 
-Any page in the reader's browser can send requests to loopback, directly or through
-a host name of its own that resolves to 127.0.0.1 (DNS rebinding). The browser adds
-headers that give such requests away.
+Any page in your browser can send requests to loopback, either directly or through its
+own host name if that resolves to 127.0.0.1 (DNS rebinding). The browser adds headers
+that reveal where such a request comes from.
 
 Source: the Fetch Standard, section *Origin header*; Fetch Metadata Request Headers.
 """
@@ -28,11 +28,14 @@ def why_untrusted(headers: CIMultiDictProxy[str]) -> str | None:
     if origin is not None:
         scheme, _, host = origin.partition("://")
         if scheme not in ("http", "https") or not is_local(host):
-            return f"The stub doesn't answer web pages, here one of Origin {origin!r}."
+            return (
+                f"The stub doesn't answer web pages, and this request comes from one "
+                f"with the Origin {origin!r}."
+            )
     elif headers.get("sec-fetch-site") == "cross-site":
         return (
-            "The stub doesn't answer requests that another site's page causes. To open "
-            "its address in a browser, type it in."
+            "The stub doesn't answer requests from another site's page. To open this "
+            "address in a browser, type it into the address bar."
         )
     return None
 

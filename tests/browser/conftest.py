@@ -48,6 +48,11 @@ class Lab:
         (self.project / ".venv").mkdir()
         for part in Path(sys.prefix).iterdir():
             (self.project / ".venv" / part.name).symlink_to(part)
+        # run.py would recreate it, because it was set up in another folder.
+        stamp = self.project / ".venv" / "installed.txt"
+        text = stamp.read_text().replace(str(ROOT), str(self.project))
+        stamp.unlink()
+        stamp.write_text(text)
         home = folder / "home"
         home.mkdir()
         self._process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Helpers shared by several test files of the helpers."""
+"""Fixtures and functions shared by the tests of `helpers`."""
 
 import contextlib
 import json

@@ -1,6 +1,6 @@
-"""What connect() promises wherever it runs, and whatever the environment holds.
+"""What connect() guarantees wherever it runs, with any environment variables.
 
-- After any connect(), clients reach the stub or nothing, even if it failed.
+- After connect(), clients reach the stub or nothing, even if connect() failed.
 - A child process uses its parent's stub, and knows the user's own addresses.
 - Threads that connect at the same time share one stub.
 - A restarted kernel gets a new stub.
@@ -113,7 +113,7 @@ def connect_to_another_server() -> None:
         connect()
 
 
-def connect_to_a_stub_in_live_mode() -> None:
+def connect_in_live_mode_to_a_running_stub() -> None:
     os.environ["LLM_PROVIDER_URL"] = "http://127.0.0.1:8000"
     connect(live=True)
 
@@ -129,7 +129,7 @@ FAILING = [
     connect_to_an_unreachable_stub,
     connect_to_openai_as_if_it_were_the_stub,
     connect_to_another_server,
-    connect_to_a_stub_in_live_mode,
+    connect_in_live_mode_to_a_running_stub,
     connect_in_live_mode_with_an_unusable_key,
 ]
 failing = pytest.mark.parametrize("fail", FAILING, ids=lambda fail: fail.__name__)
@@ -194,7 +194,7 @@ def test_clients_reach_nothing_if_live_mode_has_no_key() -> None:
     assert base_urls() == {"http://127.0.0.1:9/v1/"}
 
 
-def test_the_next_connect_in_live_mode_still_knows_the_own_address() -> None:
+def test_next_connect_in_live_mode_still_uses_the_users_own_address() -> None:
     with manually_started_stub() as upstream:
         os.environ["OPENAI_BASE_URL"] = f"{upstream}/v1"
         os.environ["LLM_LIVE"] = "perhaps"
@@ -226,7 +226,7 @@ def test_the_usual_words_for_on_turn_live_mode_on() -> None:
 
 
 @pytest.mark.parametrize("word", ["perhaps", "2", "-", "live"])
-def test_any_other_word_is_an_error_that_says_what_is_allowed(
+def test_any_other_word_is_an_error_that_lists_the_allowed_words(
     connected: Provider, word: str
 ) -> None:
     os.environ["LLM_LIVE"] = word
@@ -323,7 +323,7 @@ def test_child_shares_the_live_stub_of_its_parent_and_its_cap(upstream: str) -> 
     assert stub.ask("/_provider/stats")["live"]["calls"] == 1
 
 
-def test_child_in_stub_mode_of_a_live_parent_starts_its_own(upstream: str) -> None:
+def test_child_in_stub_mode_does_not_use_its_parents_live_stub(upstream: str) -> None:
     stub = connect(live=True)
     url, live = connect_in_a_child("live=False")
     assert not live
@@ -377,7 +377,7 @@ def test_message_in_a_child_does_not_blame_llm_provider_url() -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == "connected\n"
     stub.stop()
-    message, _ = child.communicate("go on\n", timeout=TIMEOUT)
+    message, _ = child.communicate("continue\n", timeout=TIMEOUT)
     assert message.startswith(f"Can't reach the stub at {stub.url}")
     assert message.endswith("Run connect() again: it starts a new one.\n")
 
@@ -386,11 +386,11 @@ FORK_WHILE_CONNECTING = """
 import json, os, subprocess, threading
 from helpers import connect
 
-start, starting, go_on = subprocess.Popen, threading.Event(), threading.Event()
+start, starting, resume = subprocess.Popen, threading.Event(), threading.Event()
 
 def slow_start(*args, **options):
     starting.set()
-    go_on.wait()
+    resume.wait()
     return start(*args, **options)
 
 subprocess.Popen = slow_start
@@ -403,14 +403,14 @@ if os.fork() == 0:
     os.write(write, connect().url.encode())
     os._exit(0)
 in_child = os.read(read, 100).decode()
-go_on.set()
+resume.set()
 thread.join()
 print(json.dumps([in_child, connect().url]))
 """
 
 
 @posix_only
-def test_fork_during_a_connect_of_another_thread_can_connect() -> None:
+def test_process_forked_while_another_thread_connects_can_connect() -> None:
     in_child, in_parent = run_script(
         "import warnings; warnings.simplefilter('ignore')\n" + FORK_WHILE_CONNECTING
     )
@@ -419,7 +419,7 @@ def test_fork_during_a_connect_of_another_thread_can_connect() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"a"', '{"unknown": 1}'])
-def test_spoiled_record_of_the_parent_is_ignored(
+def test_malformed_record_of_the_parent_is_ignored(
     connected: Provider, text: str
 ) -> None:
     os.environ["LLM_STUB_OF_PARENT"] = text
@@ -486,14 +486,14 @@ HOSTILE: dict[str, dict[str, str]] = {
     "proxy without a host": {"HTTP_PROXY": "http://"},
     "proxy with a bad port": {"HTTP_PROXY": f"{NOWHERE}x"},
     "proxy with half an address": {"HTTP_PROXY": "http://[::1"},
-    "proxy and a line break": {"HTTP_PROXY": f"{NOWHERE}\n"},
+    "proxy with a line break": {"HTTP_PROXY": f"{NOWHERE}\n"},
     "unreachable proxies": dict.fromkeys(["HTTP_PROXY", "https_proxy"], NOWHERE),
     "LangChain's proxy": {"OPENAI_PROXY": NOWHERE},
     "NO_PROXY with networks": {
         "ALL_PROXY": NOWHERE,
         "NO_PROXY": "fd00::/8, 10.0.0.0/8",
     },
-    "NO_PROXY with rubbish": {"ALL_PROXY": NOWHERE, "no_proxy": "[::1, http://[,, a b"},
+    "NO_PROXY with garbage": {"ALL_PROXY": NOWHERE, "no_proxy": "[::1, http://[,, a b"},
     "NO_PROXY with a star": {"HTTP_PROXY": NOWHERE, "NO_PROXY": "intra.example, *"},
     "missing certificates": {"SSL_CERT_FILE": "{folder}/missing.pem"},
     "empty certificates": {"SSL_CERT_FILE": "{folder}/empty"},
@@ -501,7 +501,7 @@ HOSTILE: dict[str, dict[str, str]] = {
     "missing folder of certificates": {"SSL_CERT_DIR": "{folder}/missing"},
     "file as a folder of certificates": {"SSL_CERT_DIR": "{folder}/empty"},
     "unwritable key log": {"SSLKEYLOGFILE": "{folder}/missing/log"},
-    "key and a line break": {"OPENAI_API_KEY": f"{KEY}\n"},
+    "key with a line break": {"OPENAI_API_KEY": f"{KEY}\n"},
     "key in quotes": {"OPENAI_API_KEY": f"“{KEY}”"},
     "key that isn't text": {"OPENAI_API_KEY": "sk-\udcff"},
     "blank key": {"OPENAI_API_KEY": " "},
@@ -516,17 +516,17 @@ HOSTILE: dict[str, dict[str, str]] = {
     "Azure's key": {"AZURE_OPENAI_API_KEY": "a", "AZURE_OPENAI_ENDPOINT": NOWHERE},
     "Azure's token": {"AZURE_OPENAI_AD_TOKEN": "a"},
     "address without a scheme": {"OPENAI_BASE_URL": "gateway.example/v1"},
-    "address that is no address": {"OPENAI_API_BASE": "http://[\n"},
+    "malformed address": {"OPENAI_API_BASE": "http://[\n"},
     "LangSmith's gateway": {"LANGSMITH_GATEWAY": "1", "LANGSMITH_API_KEY": "a\n"},
     "LangChain's old tracing": {"LANGCHAIN_TRACING": "true"},
     "LangChain's old handler": {"LANGCHAIN_HANDLER": "langchain"},
     "LangChain's content blocks": {"LC_OUTPUT_VERSION": "v1"},
-    "LangChain's impatience": {"LANGCHAIN_OPENAI_STREAM_CHUNK_TIMEOUT_S": "0.001"},
-    "LangChain's sockets": {"LANGCHAIN_OPENAI_TCP_KEEPIDLE": "soon"},
+    "LangChain's stream timeout": {"LANGCHAIN_OPENAI_STREAM_CHUNK_TIMEOUT_S": "0.001"},
+    "LangChain's socket options": {"LANGCHAIN_OPENAI_TCP_KEEPIDLE": "soon"},
     "verbose logging": {"OPENAI_LOG": "debug"},
     "unknown logging": {"OPENAI_LOG": "everything"},
     "default login": {"NETRC": "{folder}/netrc", "HOME": "{folder}"},
-    "malformed logins": {"NETRC": "{folder}/rubbish"},
+    "malformed logins": {"NETRC": "{folder}/garbage"},
     "warnings as errors": {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"},
 }
 
@@ -535,7 +535,7 @@ HOSTILE: dict[str, dict[str, str]] = {
 def folder(tmp_path: Path) -> Path:
     """The files that HOSTILE names."""
     login = "default login somebody password secret\n"
-    files = {"netrc": login, ".netrc": login, "rubbish": "}{", "empty": ""}
+    files = {"netrc": login, ".netrc": login, "garbage": "}{", "empty": ""}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o600)
@@ -544,7 +544,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def few_certificates(tmp_path: Path) -> None:
-    """Spare each client the 20 ms in which it loads all certificates."""
+    """Save each client the 20 ms that loading all certificates takes."""
     end = "-----END CERTIFICATE-----\n"
     first, _, _ = Path(certifi.where()).read_text().partition(end)
     (tmp_path / "one.pem").write_text(first + end)
@@ -592,7 +592,7 @@ async def answers(timeout: float) -> list[str]:
 
 
 @pytest.mark.parametrize("variables", HOSTILE.values(), ids=HOSTILE)
-def test_clients_work_whatever_the_environment_holds(
+def test_clients_work_with_any_environment_variables(
     connected: Provider,
     folder: Path,
     few_certificates: None,
@@ -609,7 +609,7 @@ def test_clients_work_whatever_the_environment_holds(
     assert ask_openai()
 
 
-def test_stub_and_clients_work_if_all_this_is_set_before_python_starts(
+def test_stub_and_clients_work_if_all_variables_are_set_before_python_starts(
     folder: Path,
 ) -> None:
     for variables in HOSTILE.values():
@@ -625,7 +625,7 @@ def test_stub_and_clients_work_if_all_this_is_set_before_python_starts(
     assert all(received)
 
 
-def test_module_of_the_sdk_uses_the_stub_although_azure_is_set_up(
+def test_module_level_sdk_client_uses_the_stub_even_if_azure_is_configured(
     connected: Provider,
 ) -> None:
     script = (
@@ -656,7 +656,7 @@ def test_module_of_the_sdk_uses_the_stub_although_azure_is_set_up(
     ],
     ids=lambda variables: next(iter(variables)),
 )
-def test_variables_that_do_no_harm_are_left_alone(
+def test_harmless_variables_are_left_alone(
     connected: Provider, folder: Path, variables: dict[str, str]
 ) -> None:
     expected = {name: text.format(folder=folder) for name, text in variables.items()}
@@ -665,7 +665,7 @@ def test_variables_that_do_no_harm_are_left_alone(
     assert {name: os.environ[name] for name in expected} == expected
 
 
-def test_live_mode_gives_the_stub_what_was_set_aside(folder: Path) -> None:
+def test_live_stub_gets_the_variables_that_connect_removed(folder: Path) -> None:
     transport = {
         "ALL_PROXY": "socks5://proxy.example",
         "https_proxy": "socks5://proxy.example",
@@ -697,7 +697,9 @@ def test_live_mode_gives_the_stub_what_was_set_aside(folder: Path) -> None:
         assert not hidden & {*in_stub}
 
 
-def test_live_stub_of_a_child_gets_what_its_parent_set_aside(upstream: str) -> None:
+def test_live_stub_of_a_child_gets_the_variables_that_its_parent_removed(
+    upstream: str,
+) -> None:
     os.environ["https_proxy"] = "socks5://proxy.example"
     connect()
     script = (
@@ -715,7 +717,7 @@ def test_live_stub_of_a_child_gets_what_its_parent_set_aside(upstream: str) -> N
 @pytest.mark.parametrize(
     "name", ["OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_ORGANIZATION"]
 )
-def test_live_mode_names_the_variable_that_a_header_cannot_have(
+def test_live_mode_names_the_variable_that_cannot_be_sent_in_a_header(
     name: str, upstream: str
 ) -> None:
     os.environ[name] = "value\n"
@@ -728,7 +730,7 @@ def test_live_mode_names_the_variable_that_a_header_cannot_have(
     assert os.environ[name] == "value"
 
 
-def test_variable_that_the_user_corrects_is_used(connected: Provider) -> None:
+def test_variable_that_the_user_has_corrected_is_used(connected: Provider) -> None:
     os.environ["ALL_PROXY"] = "socks5://127.0.0.1:9"
     connect()
     assert "ALL_PROXY" not in os.environ

@@ -104,7 +104,7 @@ def test_names_of_an_inner_scope_are_not_evaluated() -> None:
     assert "all((wait < 0.5 for wait in waits))" in message
 
 
-def test_name_of_an_inner_scope_is_not_shown_with_the_value_of_an_outer_one() -> None:
+def test_inner_name_is_not_shown_with_the_value_of_an_outer_name() -> None:
     wait, waits, limit = 3, [{"s": 0.1}, {"s": 0.9}], 0.5
     message = failure_message(
         lambda: check("all short", all(wait["s"] < limit for wait in waits) and wait)

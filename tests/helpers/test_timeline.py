@@ -605,7 +605,7 @@ def test_bar_of_a_call_in_flight_grows_with_every_redraw(
     assert ends == sorted(ends)
 
 
-def test_slow_redraws_are_rare(
+def test_slow_redraws_happen_less_often(
     provider: Provider, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update, starts, busy = recorder.update, list[float](), 0.02

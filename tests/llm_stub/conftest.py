@@ -14,7 +14,7 @@ ID_FIELDS = {"id", "call_id", "item_id", "tool_call_id", "request_id"}
 
 
 def without_ids(body: Any) -> Any:
-    """A body, or a list of them, as dicts and lists without the random ids."""
+    """A body, or a list of bodies, as dicts and lists without the random ids."""
     if isinstance(body, BaseModel):
         body = body.model_dump()
     if isinstance(body, dict):

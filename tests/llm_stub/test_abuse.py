@@ -574,7 +574,7 @@ SCHEMA_PLACES = ["response_format", "text.format", "chat tool", "responses tool"
 
 
 def inside_object(schema: Json) -> Json:
-    """An object's schema that needs this one; its definitions move to the root."""
+    """Wrap a schema in that of an object; its definitions move to the root."""
     definitions = {name: schema[name] for name in ("$defs",) if name in schema}
     return object_with(a=schema) | definitions
 

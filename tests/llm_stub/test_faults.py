@@ -151,7 +151,7 @@ def test_slow_answer_is_complete_but_late(
 
 
 def received_bytes(client: OpenAI, kind: str, **options: Any) -> bytes:
-    """What a stream contains up to its end or its interruption, without its ids."""
+    """The bytes of a stream up to its end or its interruption, without ids."""
     raw = endpoint(client, kind).with_raw_response.create(
         model="m", stream=True, **(CALLS[kind] | options)
     )
@@ -247,8 +247,8 @@ def test_faults_by_prompt_apply_to_one_request_each_in_order(
 @pytest.mark.parametrize(
     "change",
     [
-        ("config", "PATCH", {"faults_by_prompt": {SKY: ["error_500"]}}),  # as before
-        ("config", "PATCH", {"seed": 0}),  # as before
+        ("config", "PATCH", {"faults_by_prompt": {SKY: ["error_500"]}}),  # unchanged
+        ("config", "PATCH", {"seed": 0}),  # unchanged
         ("config", "PATCH", {"seed": 5}),
         ("reset", "POST", None),
     ],
@@ -316,7 +316,7 @@ RATES = {
 PROMPTS = [f"What is {number} times {number}?" for number in range(400)]
 
 
-def played_faults(provider: Provider, prompts: list[str], seed: int) -> dict[str, str]:
+def caused_faults(provider: Provider, prompts: list[str], seed: int) -> dict[str, str]:
     """The fault that each prompt gets, '' for none."""
     provider.configure(faults=RATES, seed=seed, capacity=None)
     mark = provider.ask(f"/_provider/journal?since={10**12}")["next"]
@@ -342,16 +342,16 @@ def played_faults(provider: Provider, prompts: list[str], seed: int) -> dict[str
 def test_fault_rates_give_the_same_faults_in_every_run_with_the_same_seed(
     client: OpenAI, provider: Provider
 ) -> None:
-    first = played_faults(provider, PROMPTS, seed=1)
+    first = caused_faults(provider, PROMPTS, seed=1)
     counts = Counter(first.values())
     assert counts.keys() == RATES.keys() | {""}
     for fault, rate in RATES.items():
         assert counts[fault] / 400 == pytest.approx(rate, abs=0.05)
 
-    other = played_faults(provider, PROMPTS, seed=2)
+    other = caused_faults(provider, PROMPTS, seed=2)
     assert Counter(other.values()) != counts
     assert sum(other[prompt] != first[prompt] for prompt in PROMPTS) > 100
-    assert played_faults(provider, PROMPTS[::-1], seed=1) == first
+    assert caused_faults(provider, PROMPTS[::-1], seed=1) == first
 
 
 @pytest.mark.parametrize(
@@ -386,22 +386,22 @@ def test_call_in_flight_keeps_the_faults_it_started_with(
     ]
 
 
-# No money, an error in the stream, no choices, a content filter
+# Insufficient quota, errors in a stream, null choices, content filters
 
 
 @pytest.fixture(params=["prompt", "rate"])
-def play(
+def turn_on(
     request: pytest.FixtureRequest, client: OpenAI, provider: Provider
 ) -> Callable[[str], None]:
     """Turn a fault on, for all prompts or for SKY only."""
 
-    def play(fault: str) -> None:
+    def turn_on(fault: str) -> None:
         if request.param == "rate":
             provider.configure(faults={fault: 1})
         else:
             provider.configure(faults_by_prompt={SKY: [fault] * 9})
 
-    return play
+    return turn_on
 
 
 def llm_of(api: str, **options: Any) -> ChatOpenAI:
@@ -410,14 +410,14 @@ def llm_of(api: str, **options: Any) -> ChatOpenAI:
 
 
 @every_kind
-def test_insufficient_quota_is_a_429_at_once_without_a_time_to_wait(
+def test_insufficient_quota_is_an_immediate_429_without_retry_after(
     client: OpenAI,
     provider: Provider,
-    play: Callable[[str], None],
+    turn_on: Callable[[str], None],
     kind: str,
     stream: bool,
 ) -> None:
-    play("insufficient_quota")
+    turn_on("insufficient_quota")
     provider.configure(first_token=3600)
     with pytest.raises(openai.RateLimitError) as caught:
         ask(client, kind, stream)
@@ -433,7 +433,7 @@ def test_insufficient_quota_is_a_429_at_once_without_a_time_to_wait(
     [lambda: ask(OpenAI()), lambda: llm_of("chat").invoke(SKY)],
     ids=["SDK", "LangChain"],
 )
-def test_clients_try_three_times_although_no_retry_cures_insufficient_quota(
+def test_clients_make_three_attempts_although_insufficient_quota_is_permanent(
     client: OpenAI, provider: Provider, call: Callable[[], Any]
 ) -> None:
     provider.configure(faults={"insufficient_quota": 1})
@@ -445,10 +445,10 @@ def test_clients_try_three_times_although_no_retry_cures_insufficient_quota(
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_error_in_stream_arrives_as_an_event_after_half_of_the_tokens(
-    client: OpenAI, provider: Provider, play: Callable[[str], None], kind: str
+    client: OpenAI, provider: Provider, turn_on: Callable[[str], None], kind: str
 ) -> None:
     complete = received_bytes(client, kind)
-    play("error_in_stream")
+    turn_on("error_in_stream")
     *events, error, end = received_bytes(client, kind).split(b"\n\n")
     assert end == b""
     assert complete.startswith(b"\n\n".join(events))
@@ -472,9 +472,9 @@ def test_error_in_stream_arrives_as_an_event_after_half_of_the_tokens(
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_error_in_stream_without_a_stream_is_a_500(
-    client: OpenAI, provider: Provider, play: Callable[[str], None], kind: str
+    client: OpenAI, provider: Provider, turn_on: Callable[[str], None], kind: str
 ) -> None:
-    play("error_in_stream")
+    turn_on("error_in_stream")
     with pytest.raises(openai.InternalServerError):
         ask(client, kind)
     assert journal_entries(provider) == [(500, "failed", "error_500")]
@@ -487,11 +487,11 @@ NULLED = {"response": "output", "embedding": "data"}
 def test_null_choices_replace_the_answer(
     client: OpenAI,
     provider: Provider,
-    play: Callable[[str], None],
+    turn_on: Callable[[str], None],
     kind: str,
     stream: bool,
 ) -> None:
-    play("null_choices")
+    turn_on("null_choices")
     answer = ask(client, kind, stream)
     last = answer[-1] if stream else answer
     if stream and kind == "response":
@@ -505,12 +505,12 @@ def test_null_choices_replace_the_answer(
 def test_content_filter_answers_with_an_empty_text_and_its_reason(
     client: OpenAI,
     provider: Provider,
-    play: Callable[[str], None],
+    turn_on: Callable[[str], None],
     kind: str,
     stream: bool,
 ) -> None:
     expected = without_ids(ask(client, kind, stream))
-    play("content_filter")
+    turn_on("content_filter")
     answer = ask(client, kind, stream)
     entries = finished_attempts(provider)
     assert journal_entries(provider)[1:] == [(200, "answered", "content_filter")]
@@ -535,7 +535,7 @@ def test_content_filter_answers_with_an_empty_text_and_its_reason(
 
 
 @pytest.mark.parametrize("api", ["chat", "response"])
-def test_langchain_reports_all_four_faults_but_content_filter(
+def test_langchain_raises_an_error_for_each_of_these_faults_except_content_filter(
     client: OpenAI, provider: Provider, api: str
 ) -> None:
     llm = llm_of(api, max_retries=0)
@@ -572,18 +572,18 @@ def test_langchain_reports_all_four_faults_but_content_filter(
     ids=["chat", "response"],
 )
 @pytest.mark.parametrize("fault", ["error_in_stream", "null_choices", "malformed"])
-def test_fault_between_two_function_calls_ends_the_stream_in_order(
+def test_fault_between_two_function_calls_ends_the_stream_after_a_whole_event(
     client: OpenAI, provider: Provider, fault: str, kind: str, options: Json
 ) -> None:
     provider.configure(faults={fault: 1})
-    # Both calls have equally many tokens, so half of them are those of the first.
+    # Both calls have the same number of tokens, so the first half is the first call.
     *events, end = received_bytes(client, kind, **options).split(b"\n\n")
     assert (len(events) > 3, end) == (True, b"")
     assert b"get_weather" in b"".join(events)
     assert journal_entries(provider) == [(200, "failed", fault)]
 
 
-# A mistake in the stub itself
+# A bug in the stub
 
 
 async def test_internal_error_names_the_exception_and_its_place(

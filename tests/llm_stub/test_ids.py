@@ -1,4 +1,4 @@
-"""Every id and every time is new; text, latency and faults stay repeatable."""
+"""Ids are unique and times are real; text, latency and faults stay repeatable."""
 
 import json
 import time
@@ -104,7 +104,7 @@ def no_latency(provider: Provider) -> None:
 
 
 @every_call
-def test_equal_calls_get_equal_answers_with_different_ids(
+def test_identical_calls_get_identical_answers_with_different_ids(
     ask: Callable[..., Answer],
     provider: Provider,
     kind: str,
@@ -154,7 +154,7 @@ def test_failed_requests_have_different_ids(
     ],
     ids=["response", "chat", "chat with tools", "response with tools"],
 )
-def test_five_votes_on_one_prompt_are_still_five_when_merged_by_id(
+def test_five_answers_to_one_prompt_are_still_five_when_merged_by_id(
     options: Json, id_of: Callable[[Any], str], request: pytest.FixtureRequest
 ) -> None:
     llm: Any = ChatOpenAI(model="m", timeout=30, **options)
@@ -174,7 +174,7 @@ LINES = json.dumps({**LINE, "body": {"model": "m", **PROMPTS["chat"]}}).encode()
 
 @pytest.fixture
 def finished_batch(client: OpenAI, provider: Provider) -> Callable[[], Batch]:
-    """Upload the same lines, and wait until their batch has completed."""
+    """Run a batch with the same lines each time; returns the completed batch."""
     provider.configure(batch_speed=1e6)
 
     def make() -> Batch:
@@ -190,7 +190,7 @@ def finished_batch(client: OpenAI, provider: Provider) -> Callable[[], Batch]:
     return make
 
 
-def test_equal_files_and_batches_have_different_ids(
+def test_identical_files_and_batches_have_different_ids(
     client: OpenAI, finished_batch: Callable[[], Batch]
 ) -> None:
     ids: list[str] = []
@@ -203,7 +203,7 @@ def test_equal_files_and_batches_have_different_ids(
     assert len(set(ids)) == len(ids) == 2 * 6
 
 
-def test_files_and_batches_are_dated_by_the_clock(
+def test_files_and_batches_have_real_timestamps(
     client: OpenAI, finished_batch: Callable[[], Batch]
 ) -> None:
     before: Any = int(time.time())
@@ -236,7 +236,7 @@ def test_newest_files_and_batches_come_first(
 # What stays repeatable
 
 
-def test_latency_depends_on_the_prompt_whatever_was_asked_before(
+def test_latency_of_a_prompt_does_not_depend_on_earlier_calls(
     client: OpenAI, provider: Provider
 ) -> None:
     changes: Json = {"first_token": 0.2, "jitter": 1, "per_token": 0, "seed": 3}
@@ -264,7 +264,7 @@ def test_latency_depends_on_the_prompt_whatever_was_asked_before(
         assert min(waits) >= planned - 0.002
 
 
-def test_faults_depend_on_the_prompt_and_its_try_whatever_was_asked_before(
+def test_faults_of_a_prompt_depend_on_its_try_and_not_on_other_prompts(
     client: OpenAI, provider: Provider, connections: DefaultHttpxClient
 ) -> None:
     settings: Json = {"faults": {"error_500": 0.3, "error_503": 0.3}}

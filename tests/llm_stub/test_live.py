@@ -398,7 +398,7 @@ def as_received(raw: Any) -> tuple[int, str, list[tuple[str, str]]]:
 
 
 def without_ids(value: Any) -> str:
-    """What the stub sends, without the ids: no two calls have the same ones."""
+    """What the stub sends, without the ids, which differ in every call."""
     ids = r"\b((?:chatcmpl|cmpl)-|(?:req|resp|msg|call|fc)_)[0-9a-f]+"
     return re.sub(ids, r"\1", repr(value))
 
@@ -467,7 +467,7 @@ def test_live_mode_is_off_without_llm_live(upstream: Provider, off: str | None) 
         assert connect() is upstream
 
 
-def test_stub_started_by_hand_in_live_mode_uses_llm_model_for_every_answer(
+def test_stub_started_by_hand_in_live_mode_uses_llm_model_except_for_embeddings(
     upstream: Provider,
 ) -> None:
     address = {"OPENAI_API_BASE": f"{upstream.url}/v1", "OPENAI_BASE_URL": DEAD_ADDRESS}
@@ -674,7 +674,7 @@ def test_model_name_and_query_reach_the_upstream_unchanged(faked: Faked) -> None
 
 
 @pytest.mark.parametrize("kind", COUNTED)
-def test_llm_model_changes_only_the_model_and_not_that_of_embeddings(
+def test_llm_model_changes_only_the_model_and_nothing_in_embeddings(
     server_thread: ServerThread,
     fake_upstream: tuple[FakeUpstream, str],
     connections: DefaultHttpxClient,
@@ -837,7 +837,7 @@ def test_the_bytes_of_a_call_and_its_longest_answer_must_fit_under_the_token_cap
 
 
 class LongAnswers:
-    """Writes answers of 4,000 tokens, or up to the limit that the call names.
+    """Writes answers of 4,000 tokens, or up to the limit of the call.
 
     Each prompt has as many tokens as its call has bytes. No answer starts before
     `started` is set.
@@ -968,7 +968,7 @@ def bytes_of_text(value: Any) -> int:
 def most_tokens(kind: str, body: Json) -> int:
     """The most tokens that any server uses for a call.
 
-    It may ignore the case of names, and know all names of a limit or only one.
+    A server may ignore the case of names, and may know one name of a limit or all.
     """
 
     def counts(*names: str) -> list[int]:
@@ -1179,7 +1179,7 @@ def test_call_whose_tokens_can_be_bounded_is_forwarded(
         ({"prompt_tokens": 9, "total_tokens": 4009}, {}, 4000),
     ],
 )
-def test_upstream_that_ignores_the_limit_has_its_longest_answer_reserved_later(
+def test_longest_answer_of_an_upstream_that_ignores_limits_is_reserved_from_then_on(
     faked: Faked, usage: Json, options: Json, answer_tokens: int
 ) -> None:
     body = BODIES["chat"] | token_limit("chat", LIMIT)
@@ -1193,7 +1193,7 @@ def test_upstream_that_ignores_the_limit_has_its_longest_answer_reserved_later(
     assert cost["tokens"] == len(faked.upstream.received[-1]["body"]) + answer_tokens
 
 
-def test_upstream_that_adds_to_the_prompt_has_its_addition_reserved_later(
+def test_tokens_that_an_upstream_adds_to_prompts_are_reserved_from_then_on(
     faked: Faked,
 ) -> None:
     body = BODIES["chat"] | token_limit("chat", LIMIT)

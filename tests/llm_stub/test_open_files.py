@@ -1,4 +1,4 @@
-"""The stub keeps answering with few open files, and with a long journal."""
+"""The stub keeps answering with a low limit on open files and with a long journal."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ from tests.llm_stub.test_trusted_host import started_stub
 limits_exist = pytest.mark.skipif(
     sys.platform == "win32", reason="on Windows, sockets don't count as open files"
 )
-MACOS_LIMIT = 256  # that macOS gives to programs
+MACOS_LIMIT = 256  # the default on macOS
 CALLS = 400
 TIMEOUT = aiohttp.ClientTimeout(total=10)  # of each call
 BODY: Json = {"model": "m", "prompt": "a", "max_tokens": 1}
@@ -38,7 +38,7 @@ Outcome = tuple[int, Json] | aiohttp.ClientError
 
 @contextlib.contextmanager
 def limited_stub(folder: Path, *, soft: int, hard: int) -> Iterator[Provider]:
-    """A stub, started by hand in a shell with these limits, that logs nothing."""
+    """Start a stub in a shell with these limits; check that it logs nothing."""
     limits = f'ulimit -S -n {soft} && ulimit -H -n {hard} && exec "$@"'
     errors = folder / "stderr"
     with (
@@ -51,7 +51,7 @@ def limited_stub(folder: Path, *, soft: int, hard: int) -> Iterator[Provider]:
 
 
 def call_at_once(stub: Provider, calls: int) -> list[Outcome]:
-    """What each call ends in. All connections stay open until the last call ends."""
+    """How each call ends. All connections stay open until the last call ends."""
 
     async def call(session: aiohttp.ClientSession) -> Outcome:
         url = f"{stub.url}/v1/completions"
@@ -73,8 +73,8 @@ def answered(outcomes: list[Outcome]) -> list[Outcome]:
     return [one for one in outcomes if isinstance(one, tuple) and one[0] == 200]
 
 
-def assert_refused_readably(outcomes: list[Outcome]) -> None:
-    """Some calls were refused, and the refusal names the limit and the remedy."""
+def assert_refused_with_advice(outcomes: list[Outcome]) -> None:
+    """Some calls were refused, and the error names the limit and what to do."""
     refused = [one for one in outcomes if isinstance(one, tuple) and one[0] != 200]
     assert refused
     for status, body in refused:
@@ -87,7 +87,7 @@ def assert_refused_readably(outcomes: list[Outcome]) -> None:
 
 @limits_exist
 def test_stub_raises_a_soft_limit_that_is_too_low(tmp_path: Path) -> None:
-    raise_limit()  # of this process, which holds the other ends
+    raise_limit()  # of this process, which holds the client ends
     with limited_stub(tmp_path, soft=MACOS_LIMIT, hard=4096) as stub:
         assert len(answered(call_at_once(stub, CALLS))) == CALLS
 
@@ -108,7 +108,7 @@ def test_every_call_ends_even_if_the_limit_cannot_be_raised(
     for _ in range(3):
         outcomes = call_at_once(full_stub, CALLS)
         assert len(answered(outcomes)) >= 150
-        assert_refused_readably(outcomes)
+        assert_refused_with_advice(outcomes)
 
 
 @limits_exist
@@ -119,7 +119,7 @@ def test_idle_connections_cannot_make_a_call_hang(full_stub: Provider) -> None:
             connection = socket.create_connection((host, int(port)), timeout=10)
             idle.enter_context(connection)
         for _ in range(3):
-            assert_refused_readably(call_at_once(full_stub, CALLS))
+            assert_refused_with_advice(call_at_once(full_stub, CALLS))
 
 
 # A long journal

@@ -683,7 +683,7 @@ def test_lenient_schema_gets_a_valid_instance(schema: Json) -> None:
     assert_valid(schema, lenient_instance(schema, PROMPT))
 
 
-def test_lenient_schema_with_an_unknown_pattern_gets_any_text() -> None:
+def test_lenient_schema_with_an_unsupported_pattern_gets_any_text() -> None:
     for pattern in ("^a(?=b)c$", r"^\p{L}+$", "("):
         text = lenient_instance({"type": "string", "pattern": pattern}, "")
         assert isinstance(text, str)
@@ -794,10 +794,16 @@ def test_root_must_be_an_object(schema: Json, strict: bool) -> None:
             {**CLOSED, "properties": {"a": {"type": "string", "format": "uri"}}},
             "In context=('properties', 'a'), 'uri' is not a valid format",
         ),
+        (
+            {**CLOSED, "properties": {"a": {"type": "string", "format": []}}},
+            "In context=('properties', 'a'), '[]' is not a valid format",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_strict_schema_is_refused_in_openais_words(schema: Json, message: str) -> None:
+def test_strict_schema_is_refused_with_openais_wording(
+    schema: Json, message: str
+) -> None:
     assert message in refusal(schema, strict=True)
     check_schema(schema, "function 'f'", "tools[0].parameters", strict=False)
 

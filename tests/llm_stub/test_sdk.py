@@ -158,8 +158,8 @@ def fetch_strictly(ask: Ask) -> FetchStrictly:
     """Return a function that makes a call and validates its body strictly.
 
     The body must have the SDK's type, plus only the extra fields listed.
-    With `repeatable`, a second call must return the same body. Only the ids of
-    answers may differ, but not those of what a GET reads.
+    With `repeatable`, a second call must return the same body. Ids may differ, except
+    in what a GET returns.
     """
 
     def fetch_strictly(
@@ -439,7 +439,7 @@ def test_response_events_match_the_sdks_types_and_are_numbered_in_order(
 
 
 def assert_events_add_up_to_item(events: list[Any], item: Any) -> None:
-    """The events of one item of a streamed response are complete and in order."""
+    """The events of one item in a streamed response are complete and in order."""
     is_call = item.type == "function_call"
     content = "function_call_arguments" if is_call else "output_text"
     text = item.arguments if is_call else item.content[0].text
@@ -916,7 +916,7 @@ def test_every_parameter_in_the_sdk_is_known(route: str) -> None:
 
 
 def test_parameters_were_written_from_this_sdk() -> None:
-    if openai.__version__ == SDK_VERSION:  # the lock's; others may have other names
+    if openai.__version__ == SDK_VERSION:  # the locked version; others may differ
         assert FILE.read_text(encoding="utf-8") == module_text()
 
 

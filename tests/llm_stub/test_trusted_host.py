@@ -1,4 +1,4 @@
-"""A web page in the reader's browser can neither use the stub nor change it."""
+"""A web page in your browser can't use the stub or change its settings."""
 
 import contextlib
 import http.client
@@ -76,7 +76,7 @@ def started_stub(
     errors: IO[str] | None = None,
     **environment: str,
 ) -> Iterator[Provider]:
-    """A stub in a process of its own, started by a command or directly."""
+    """A stub in its own process, started directly or through a command."""
     process = subprocess.Popen(
         [*command, sys.executable, "-m", "llm_stub", "--port", "0", *options],
         env={**os.environ, **environment},
@@ -96,7 +96,7 @@ def started_stub(
 
 @dataclass(frozen=True)
 class Target:
-    """The stub under test first, then its upstream, if it has one."""
+    """The stub under test comes first, then its upstream, if it has one."""
 
     stubs: list[Provider]
     routes: list[Route]
@@ -145,7 +145,7 @@ def live_and_upstream() -> Iterator[list[Provider]]:
 
 @pytest.fixture(params=["stub", "live"])
 def target(request: pytest.FixtureRequest, provider: Provider) -> Iterator[Target]:
-    """The stub under test; it has no latency and has answered a call."""
+    """The stub under test, without latency, after it has answered one call."""
     live = request.param == "live"
     stubs = request.getfixturevalue("live_and_upstream") if live else [provider]
     settings = Settings(first_token=0, per_token=0, max_calls=10**5, max_tokens=10**7)

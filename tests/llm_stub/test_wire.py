@@ -26,7 +26,7 @@ MAX_TOKENS = 99  # more than any answer in these tests has
 
 
 def request_body(kind: str, prompt: str = SKY, **options: Any) -> Json:
-    """The body of a request; its token limit doesn't cut the answers of these tests."""
+    """The body of a request; its token limit is above every answer in these tests."""
     fields: Json = {"prompt": prompt, "max_tokens": MAX_TOKENS}
     if kind == "chat":
         fields = {"messages": [{"role": "user", "content": prompt}]}
@@ -216,7 +216,7 @@ def test_completion_without_a_token_limit_gets_16_tokens_and_a_chat_the_whole_an
     assert chat.choices[0].finish_reason == "stop"
 
 
-def test_two_limits_for_the_tokens_of_a_chat_get_a_400(client: OpenAI) -> None:
+def test_chat_with_two_token_limits_gets_a_400(client: OpenAI) -> None:
     limits = {"max_tokens": 9, "max_completion_tokens": 9}
     with pytest.raises(openai.BadRequestError, match="at the same time"):
         client.chat.completions.create(**request_body("chat", **limits))

@@ -1,6 +1,6 @@
 """Write src/llm_stub/api/parameters.py from the types of the installed openai SDK.
 
-Run it after an update of the SDK: python tests/llm_stub/write_parameters.py
+Run it after you update the SDK: python tests/llm_stub/write_parameters.py
 
 The stub can't read these types itself: importing the SDK takes half a second.
 """

@@ -25,7 +25,7 @@ Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
 
 class Tool(FunctionTool):
-    """A function tool, as chats write it."""
+    """A function tool in a chat request."""
 
     function: Function
 
@@ -37,7 +37,7 @@ class Named(ApiObject):
 
 
 class Forced(FunctionChoice):
-    """The choice of a function, as chats write it."""
+    """A function that the model must call, in a chat request."""
 
     function: Named
 
@@ -257,7 +257,7 @@ def _call_id(key: str, index: int, position: int) -> str:
 
 
 def _check_tool_messages(messages: list[Message]) -> None:
-    """Raise ValueError unless each tool call is followed by exactly its results."""
+    """Raise ValueError unless each tool call is followed by exactly one result."""
     pending: list[str] = []
     for index, message in enumerate(messages):
         if message.role == "tool":

@@ -19,7 +19,7 @@ from .requests import (
     server_sent_event,
 )
 
-DEFAULT_MAX_TOKENS = 16  # of a completion that sets no limit
+DEFAULT_MAX_TOKENS = 16  # in a completion that sets no limit
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -123,7 +123,7 @@ class WithChoices(Generation):
 
 
 class Penalties(ApiObject):
-    """Documented parameters whose ranges are checked, but that have no effect."""
+    """Parameters that must be in the documented range, but have no effect."""
 
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
@@ -144,7 +144,9 @@ class Completion(Penalties, WithChoices):
         if self.best_of and self.best_of < (self.n or 1):
             raise ValueError("'best_of' must be at least 'n'")
         if self.stream and (self.best_of or 1) > (self.n or 1):
-            raise ValueError("results can't be streamed if 'best_of' is more than 'n'")
+            raise ValueError(
+                "results can't be streamed if 'best_of' is greater than 'n'"
+            )
         return self
 
     @cached_property

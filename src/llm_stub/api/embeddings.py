@@ -34,7 +34,7 @@ def _not_empty(text: str) -> str:
 Text = Annotated[str, AfterValidator(_not_empty)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=2048)]
 Token = Annotated[int, Field(ge=0)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=2048)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
 ListsOfTokens = Annotated[list[Tokens], Field(min_length=1, max_length=2048)]
 
 

@@ -39,7 +39,7 @@ def model_not_found(model: str) -> ApiError:
 
 
 def route_not_found(method: str, path: str, routes: Iterable[str]) -> ApiError:
-    """404 for a path that the stub doesn't have; `routes` are those that it has."""
+    """404 for an unknown path; `routes` are those that the stub has."""
     message = f"Invalid URL ({method} {path}). "
     if f"/v1{path}" in routes:
         message += f"Did you mean /v1{path}? The base URL must end with /v1."
@@ -75,7 +75,7 @@ def missing_parameter(param: str | None) -> ApiError:
 def context_length_exceeded(
     limit: int, prompt_tokens: int, answer_tokens: int = 0
 ) -> ApiError:
-    """400 for a prompt that is too long, as completions and embeddings word it."""
+    """400 for a prompt that is too long, as worded for completions and embeddings."""
     message = (
         f"This model's maximum context length is {limit} tokens, however you requested "
         f"{prompt_tokens + answer_tokens} tokens ({prompt_tokens} in your prompt; "
@@ -86,7 +86,10 @@ def context_length_exceeded(
 
 
 def insufficient_quota() -> ApiError:
-    """429 for an account without money. Unlike a rate limit, waiting won't help."""
+    """429 for an account that is out of credit.
+
+    Unlike with a rate limit, waiting doesn't help.
+    """
     message = (
         "You exceeded your current quota, please check your plan and billing details."
     )
@@ -117,12 +120,12 @@ def rate_limit_exceeded(rejection: Rejection) -> ApiError:
 
 
 def internal_error(error: Exception) -> ApiError:
-    """500 for a mistake in the stub itself, with what a report needs."""
+    """500 for a bug in the stub, with the details that a bug report needs."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = (
         f"The stub failed with an internal error: {type(error).__name__}: {error} "
-        f"({Path(frame.filename).name}, line {frame.lineno}). Please report it, with "
-        "the request."
+        f"({Path(frame.filename).name}, line {frame.lineno}). Please report this "
+        "bug, and include the request."
     )
     return ApiError(500, message, kind="server_error")
 

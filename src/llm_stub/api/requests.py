@@ -27,11 +27,11 @@ from ..answers import tokens
 from . import errors
 from .errors import ApiError, Json, missing_parameter, model_not_found
 
-MAX_PROMPT_TOKENS = 2**18  # in one call, by the rule of thumb in the next line
+MAX_PROMPT_TOKENS = 2**18  # in one call, estimated from its characters
 CHARACTERS_PER_TOKEN = 4
 MAX_ANSWERS = 2048  # choices, or vectors, in one call
 CREATED = 1_767_225_600  # the time of every answer: the start of 2026
-_random = random.Random()  # seeded by the system; faster than asking it every time
+_random = random.Random()  # asking the system for each id would be slower
 Limit = Annotated[int, Field(ge=1)]
 Stop = str | Annotated[list[str], Field(max_length=4)]
 
@@ -114,7 +114,7 @@ class Call(ApiObject):
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise ApiError 400 for a mistake that needs OpenAI's own wording."""
+        """Raise ApiError 400 for an error that must have OpenAI's own wording."""
 
     def context_length_exceeded(self, limit: int, prompt_tokens: int) -> ApiError:
         """The error for a prompt that is too long, in the route's own wording."""
@@ -123,7 +123,7 @@ class Call(ApiObject):
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A call of a function, with its arguments as the tokens of a JSON text."""
+    """A function call, with the tokens of its arguments, which are JSON text."""
 
     name: str
     tokens: list[str]
@@ -326,8 +326,8 @@ def _check_extra(name: str, value: object, parameters: frozenset[str]) -> None:
 def _path(loc: tuple[int | str, ...], body: object, *, missing: bool) -> str:
     """Where an error is, in the API's notation: messages[0].role
 
-    Pydantic's location also has a step for each member of a union, which isn't in
-    the body. The last step of a missing field isn't there either.
+    Pydantic's location also names the members of unions, which aren't in the body.
+    If a field is `missing`, the last step isn't in the body either.
     """
     path = ""
     for number, step in enumerate(loc, 1):
@@ -352,7 +352,7 @@ def check_model(model: str, models: list[str] | None) -> None:
 
 
 def unique_key() -> str:
-    """32 random hexadecimal digits, from which the ids of one answer are made."""
+    """32 random hexadecimal digits, used to make all ids of one answer."""
     return f"{_random.getrandbits(128):032x}"
 
 

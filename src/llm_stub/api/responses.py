@@ -86,11 +86,11 @@ class Item(ApiObject):
 
 
 class Tool(FunctionTool, Function):
-    """A function tool, as responses write it."""
+    """A function tool in a responses request."""
 
 
 class Forced(FunctionChoice):
-    """The choice of a function, as responses write it."""
+    """A function that the model must call, in a responses request."""
 
     name: Name
 
@@ -139,7 +139,7 @@ class Response(Conversation):
     truncation: Literal["auto", "disabled"] | None = None
 
     def check(self) -> None:
-        """Raise ApiError 400 for an invalid schema, or a call without its result."""
+        """Raise ApiError 400 for an invalid schema, or a call without a result."""
         check_functions(self.tools or (), "tools[{}].parameters")
         wanted = self.text.format if self.text else None
         if wanted and wanted.type == "json_schema":
@@ -168,7 +168,8 @@ class Response(Conversation):
     def context_length_exceeded(self, limit: int, prompt_tokens: int) -> ApiError:
         message = (
             "Your input exceeds the context window of this model. Please adjust your "
-            f"input and try again. (It has {prompt_tokens} tokens of at most {limit}.)"
+            f"input and try again. (It has {prompt_tokens} tokens, and the limit is "
+            f"{limit}.)"
         )
         return ApiError(400, message, "input", "context_length_exceeded")
 

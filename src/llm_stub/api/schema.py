@@ -1,7 +1,7 @@
 """Instances of JSON schemas: the stub's answer when a request asks for JSON.
 
 A strict schema may use only what OpenAI's structured outputs support. In any other
-schema, keywords that the stub doesn't know are ignored, as OpenAI's models may do.
+schema, the stub ignores keywords that it doesn't know, as OpenAI's models may.
 The same schema and prompt always give the same instance. Where possible, values
 come from the prompt: its numbers and its quoted texts, in order, and the enum values
 that it mentions.
@@ -29,7 +29,7 @@ from .requests import ApiObject, Name
 MAX_RECURSION = 2  # how often a definition may contain itself
 MAX_VALUES = 10_000  # in one instance, plus the characters that `minLength` requires
 MAX_ENUM_VALUES = 1000  # the API's own limit
-ATTEMPTS = 10  # to make a text that matches a pattern
+ATTEMPTS = 10  # to generate a string that matches a pattern
 
 QUOTED_TEXT = re.compile(r"(?<!\w)(['\"`])(.{1,500}?)\1(?!\w)")
 NUMBER = re.compile(r"(?<![\w.])-?\d{1,20}(?:\.\d+)?(?!\d)")
@@ -76,7 +76,7 @@ STRICT_FORMATS = {
     "ipv6": "2001:db8::1",
     "uuid": "00000000-0000-4000-8000-000000000000",
 }
-FORMATS = STRICT_FORMATS | {  # for schemas that aren't strict; Pydantic has more
+FORMATS = STRICT_FORMATS | {  # also Pydantic's, for schemas that aren't strict
     "base64": "c3R1Yg==",
     "base64url": "c3R1Yg==",
     "uri": "https://example.com/",
@@ -102,7 +102,7 @@ class Schema(ApiObject):
 
 
 def check_schema(schema: Json, where: str, param: str, *, strict: bool) -> None:
-    """Raise ApiError 400 for a schema that OpenAI refuses, with its wording.
+    """Raise ApiError 400, in OpenAI's wording, for a schema that OpenAI refuses.
 
     The root must be an object. If the schema is `strict`, all keywords must be
     supported, and every object must require all its properties and no others.
@@ -125,14 +125,14 @@ def check_schema(schema: Json, where: str, param: str, *, strict: bool) -> None:
 
 
 def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
-    """What is wrong with a strict schema, outermost problems first."""
+    """The problems of a strict schema, outermost first."""
     if not isinstance(schema, dict):
         yield f"In context={path}, {schema!r} is not a schema"
         return
     for keyword in schema:
         if keyword not in STRICT_KEYWORDS:
             yield f"In context={path}, '{keyword}' is not permitted"
-    if schema.get("format", "date") not in STRICT_FORMATS:
+    if schema.get("format", "date") not in list(STRICT_FORMATS):
         yield f"In context={path}, '{schema['format']}' is not a valid format"
     properties = schema.get("properties", {})
     if not isinstance(properties, dict):
@@ -335,8 +335,8 @@ class _Builder:
         return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", self.prompt))
 
     def build_object(self, schema: Json, name: str) -> Json:
-        """All properties, and as many others as `minProperties` requires."""
-        properties = dict(schema.get("properties", {}))
+        """Build all properties, and as many more as `minProperties` requires."""
+        properties = {**schema.get("properties", {})}
         keys = schema.get("propertyNames", {}).get("enum", [])
         for number in range(int(size(schema, "minProperties", 0)) - len(properties)):
             key = keys[number] if number < len(keys) else f"{name} {number + 1}"
@@ -345,6 +345,8 @@ class _Builder:
         if not isinstance(required, list):
             raise UnsupportedError(f"'required' must be a list, not {required!r}")
         for name in required:
+            if not isinstance(name, str):
+                raise UnsupportedError(f"'required' must list names, not {name!r}")
             if name not in properties and self.strict:
                 raise UnsupportedError(f"the required property {name!r} has no schema")
             properties.setdefault(name, {})
@@ -412,12 +414,15 @@ class _Builder:
         if not self.strict:
             return text
         raise UnsupportedError(
-            f"the stub finds no text for the pattern {pattern.pattern!r}. Put one "
-            "into the prompt, in quotes"
+            f"the stub can't generate a string for the pattern {pattern.pattern!r}. "
+            "Put a matching one into the prompt, in quotes"
         )
 
     def pattern(self, schema: Json) -> re.Pattern[str] | None:
-        """The string's pattern; a lenient schema's is ignored if it isn't Python's."""
+        """The string's pattern, compiled.
+
+        If Python can't compile it, a strict schema is refused, and any other has None.
+        """
         if "pattern" not in schema:
             return None
         try:
@@ -468,9 +473,9 @@ class _Builder:
 
 
 class _Short(random.Random):
-    """Makes rstr's texts short, and the same in every run.
+    """Makes the strings from rstr short, and the same in every run.
 
-    A part that may be repeated occurs `repeats` times, or as often as it must.
+    A repeated part occurs `repeats` times, or as close to that as the pattern allows.
     """
 
     def __init__(self, seed: str, repeats: int) -> None:
@@ -481,7 +486,7 @@ class _Short(random.Random):
         repeats = min(max(a, self.repeats), b)
         self.left -= repeats + 1
         if self.left < 0:
-            raise OverflowError("the text would be too long")
+            raise OverflowError("the string would be too long")
         return repeats
 
     def choice(self, seq: Any) -> Any:
@@ -490,7 +495,7 @@ class _Short(random.Random):
 
 
 def text_matching(pattern: re.Pattern[str], seed: str, repeats: int = 1) -> str:
-    """A short text that matches the pattern; '' if rstr can't make one."""
+    """A short string that matches the pattern; '' if rstr can't generate one."""
     try:
         text: str = Rstr(_Short(seed, repeats)).xeger(pattern)
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):

@@ -40,7 +40,7 @@ class FunctionTool(ApiObject):
 
 
 class FunctionChoice(ApiObject):
-    """The choice of a function that must be called."""
+    """A choice of the function that the model must call."""
 
     type: Literal["function"]
 
@@ -61,7 +61,7 @@ def _other_type(value: Any) -> str | None:
 
 
 def check_functions(functions: Sequence[Function], param: str) -> None:
-    """Raise ApiError 400 unless every function's schema is one that works live.
+    """Raise ApiError 400 unless OpenAI would accept the schema of every function.
 
     `param` is where a function's schema is, such as `tools[{}].parameters`.
     """
@@ -82,7 +82,7 @@ def choose_functions(
     done: bool,
     parallel: bool,
 ) -> list[Function]:
-    """The functions to call; none of them for an answer in words.
+    """The functions to call; an empty list for an answer in text.
 
     `tool_choice` is none, auto, required, or a name. With auto, the stub calls the
     functions whose names have words in common with the question, unless `done`:
@@ -141,5 +141,5 @@ def call_functions(
 
 
 def call_id(key: str, number: int) -> str:
-    """The id of an answer's function call with this number."""
+    """The id of the function call with this number in an answer."""
     return f"call_{number:04x}{key[:20]}"
