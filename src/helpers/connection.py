@@ -25,6 +25,7 @@ _opener = urllib.request.build_opener(
     urllib.request.HTTPSHandler(context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)),
 )
 _current: "Provider | None" = None
+_used = (0, 0)  # calls and tokens of this process's earlier live stubs
 _lock = threading.Lock()  # held by the thread that is connecting
 
 
@@ -181,7 +182,8 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     server at OPENAI_BASE_URL, or to OpenAI, with the key from OPENAI_API_KEY and
     the model from LLM_MODEL, which doesn't apply to embeddings. They are refused
     once `max_calls` or `max_tokens` is reached. A chat or response without a token
-    limit is sent with `max_answer_tokens`.
+    limit is sent with `max_answer_tokens`. The count goes on when you switch modes.
+    Child processes share it only if you call `connect` before you start them.
 
     Raises ProviderError if the stub can't be started or reached, and ValueError
     for a setting that doesn't exist or is out of range. Even after an error, no
@@ -194,8 +196,12 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
 def _connect(live: bool | None, settings: dict[str, Any]) -> Provider:
     global _current
     running = _running()
-    _point_clients_at(running)
+    # Until it is clear that live mode is wanted, no call may be forwarded.
+    _point_clients_at(running if running and not running.live else None)
     environment.raise_file_limit()
+    if live not in (True, False, None):
+        raise ValueError(f"live={live!r} must be True, False or None.")
+    asked_for_stub = live is False
     if live is None:
         live = environment.switch("LLM_LIVE")
     url = environment.provider_url()
@@ -207,12 +213,18 @@ def _connect(live: bool | None, settings: dict[str, Any]) -> Provider:
     if url:
         found = Provider(url)
         found._recognize()
+        if found.live and asked_for_stub:
+            raise ProviderError(
+                f"live=False, but LLM_PROVIDER_URL is set to {url}, and the stub there "
+                "is in live mode. Unset LLM_PROVIDER_URL, or leave out live=False."
+            )
     elif running and (running.live, running.started_with) == (live, wanted):
         found = running
     else:
         _point_clients_at(None)
         earlier = _current if _current and _current._own_process else None
         if earlier:
+            _remember_usage(earlier)
             earlier.stop()
         found = _start(earlier.url if earlier else None, live)
         found.started_with = wanted
@@ -247,6 +259,15 @@ def _running() -> Provider | None:
     return None
 
 
+def _remember_usage(stub: Provider) -> None:
+    """Before a live stub is stopped, remember what counts towards its caps."""
+    global _used
+    if stub.live and stub.exit_code is None:
+        with contextlib.suppress(ProviderError):
+            live = stub.ask("/_provider/stats")["live"]
+            _used = live["calls"], live["tokens"]
+
+
 def _reject_unusable_live_mode(url: str) -> None:
     """Raise ProviderError if live mode can't work in this environment."""
     if url:
@@ -259,6 +280,12 @@ def _reject_unusable_live_mode(url: str) -> None:
             f"Live mode sends {name} in a header, but its value contains a line break, "
             "a non-ASCII character, or a space at the start or end. Correct it, then "
             "run connect() again."
+        )
+    if len({address.rstrip("/") for address in environment.record().own.values()}) > 1:
+        raise ProviderError(
+            "OPENAI_BASE_URL and OPENAI_API_BASE are set to different servers, so live "
+            "mode doesn't know where to send calls. Unset one of them, then run "
+            "connect() again."
         )
     if not environment.record().own and not environment.has_key():
         raise ProviderError(
@@ -283,7 +310,7 @@ def _start(earlier_url: str | None, live: bool) -> Provider:
         process = subprocess.Popen(
             [sys.executable, "-m", "llm_stub", "--port", port]
             + ["--parent", str(os.getpid())]
-            + ["--live"] * live,
+            + ["--live", "--used", *map(str, _used)] * live,
             env=environment.for_stub_process(live=live),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -293,7 +320,7 @@ def _start(earlier_url: str | None, live: bool) -> Provider:
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError: sys.executable is None
         raise ProviderError(f"The stub could not be started: {error}") from None
     assert process.stdout is not None
     ready = process.stdout.readline()

@@ -21,10 +21,12 @@ MAX_WAITING = 4096  # connections waiting to be accepted
 PARENT_POLL = 0.5  # seconds between checks of the parent
 
 
-async def serve(port: int, parent: int | None, upstream: str | None) -> int:
+async def serve(
+    port: int, parent: int | None, upstream: str | None, used: tuple[int, int]
+) -> int:
     """Serve until stopped or, if a parent is given, until the parent exits."""
     runner = web.AppRunner(
-        Server(upstream, os.environ.get("LLM_MODEL")).app(),
+        Server(upstream, os.environ.get("LLM_MODEL"), used).app(),
         handler_cancellation=True,
         shutdown_timeout=0.1,
     )
@@ -100,12 +102,25 @@ def main() -> int:
         action="store_true",
         help="forward calls to OPENAI_API_BASE, OPENAI_BASE_URL or OpenAI, up to a cap",
     )
+    parser.add_argument(
+        "--used",
+        nargs=2,
+        type=int,
+        default=(0, 0),
+        metavar=("CALLS", "TOKENS"),
+        help="live mode's usage so far, which counts towards the caps",
+    )
     options = parser.parse_args()
     environ = os.environ
-    base = environ.get("OPENAI_API_BASE") or environ.get("OPENAI_BASE_URL") or OPENAI
-    upstream = base if options.live else None
+    names = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+    bases = {environ[name].rstrip("/") for name in names if environ.get(name)}
+    if options.live and len(bases) > 1:
+        parser.error(f"{' and '.join(names)} name different servers; unset one of them")
+    upstream = min(bases, default=OPENAI) if options.live else None
     try:
-        return asyncio.run(serve(options.port, options.parent, upstream))
+        return asyncio.run(
+            serve(options.port, options.parent, upstream, tuple(options.used))
+        )
     except KeyboardInterrupt:
         return 0
 

@@ -98,8 +98,8 @@ class Reservation:
 class Caps:
     """Counts what the calls to an upstream use, and refuses calls over a cap."""
 
-    def __init__(self, host: str) -> None:
-        self.calls = self.tokens = 0
+    def __init__(self, host: str, calls: int = 0, tokens: int = 0) -> None:
+        self.calls, self.tokens = calls, tokens
         self._host = host
         # The longest answer that exceeded its limit, and the most prompt tokens that
         # the upstream has counted beyond the body's bytes.

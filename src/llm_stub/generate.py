@@ -12,6 +12,7 @@ from .capacity import Capacity
 from .journal import Attempt
 from .plan import Plan
 
+MANY_PROMPTS = 16  # in one call
 MIN_STREAM_INTERVAL = 0.02  # seconds between two writes to one stream
 
 
@@ -57,7 +58,9 @@ async def generate(
             return await _stream(request, entry, call, plan, key, turn)
         await turn.until(plan.pace.duration(call.longest_answer))
         entry.completion_tokens = call.completion_tokens
-        body = call.body(key)
+        # Many long vectors take seconds; meanwhile, the event loop answers others.
+        in_thread = len(call.prompts) >= MANY_PROMPTS
+        body = await asyncio.to_thread(call.body, key) if in_thread else call.body(key)
         if plan.fault in faults.IN_ANSWER:
             return await faults.spoiled_answer(request, body, plan.fault)
         return web.Response(body=encode(body), content_type="application/json")

@@ -57,7 +57,9 @@ class RelayedResponse(web.StreamResponse):
 class Live:
     """Forwards calls, counts what they use, and refuses calls over a cap."""
 
-    def __init__(self, upstream: str, model: str | None, state: State) -> None:
+    def __init__(
+        self, upstream: str, model: str | None, used: tuple[int, int], state: State
+    ) -> None:
         try:
             url = URL(upstream.rstrip("/"))
         except ValueError:  # each call then fails with the reason
@@ -66,7 +68,7 @@ class Live:
         self._login = BasicAuth.from_url(url, encoding="utf-8")
         self.upstream = url.with_user(None) if url.absolute else url
         self.model = model
-        self._caps = Caps(self.where)
+        self._caps = Caps(self.where, *used)
         self._state = state
         self._session: ClientSession | None = None
 

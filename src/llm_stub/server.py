@@ -39,12 +39,18 @@ warnings.simplefilter("ignore", aiohttp.BadContentDispositionParam)
 class Server:
     """The stub: OpenAI's routes, answered from a table with a configurable latency.
 
-    With an `upstream`, calls are forwarded there instead.
+    With an `upstream`, calls are forwarded there instead. `used` is how many calls
+    and tokens count towards the caps from the start.
     """
 
-    def __init__(self, upstream: str | None = None, model: str | None = None) -> None:
+    def __init__(
+        self,
+        upstream: str | None = None,
+        model: str | None = None,
+        used: tuple[int, int] = (0, 0),
+    ) -> None:
         self._state = State()
-        self._live = Live(upstream, model, self._state) if upstream else None
+        self._live = Live(upstream, model, used, self._state) if upstream else None
 
     def app(self) -> web.Application:
         """The aiohttp application with all routes."""

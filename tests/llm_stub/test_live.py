@@ -52,10 +52,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @contextlib.contextmanager
 def never_connected() -> Iterator[None]:
     """Act as if connect() was never called; restore the environment afterwards."""
-    with (
-        mock.patch.object(connection, "_current", None),
-        mock.patch.dict(os.environ),
-    ):
+    never = {"_current": None, "_used": (0, 0)}
+    with mock.patch.multiple(connection, **never), mock.patch.dict(os.environ):
         for name in list(os.environ):
             if name.startswith(("OPENAI_", "LLM_")) or name.lower().endswith("_proxy"):
                 del os.environ[name]
@@ -420,7 +418,7 @@ def test_live_mode_calls_the_address_that_connect_replaced_until_it_is_switched_
     upstream: Provider,
 ) -> None:
     address = f"{upstream.url}/v1"
-    os.environ |= {"OPENAI_BASE_URL": DEAD_ADDRESS, "OPENAI_API_BASE": address}
+    os.environ["OPENAI_API_BASE"] = address
 
     stub = connect(first_token=0, per_token=0)
     assert [os.environ[name] for name in BASE_URL_VARIABLES] == [f"{stub.url}/v1"] * 2
@@ -470,8 +468,9 @@ def test_live_mode_is_off_without_llm_live(upstream: Provider, off: str | None) 
 def test_stub_started_by_hand_in_live_mode_uses_llm_model_except_for_embeddings(
     upstream: Provider,
 ) -> None:
-    address = {"OPENAI_API_BASE": f"{upstream.url}/v1", "OPENAI_BASE_URL": DEAD_ADDRESS}
-    with started_by_hand("--live", LLM_MODEL="custom-model", **address) as live:
+    address = f"{upstream.url}/v1"
+    variables = {"OPENAI_API_BASE": address, "LLM_MODEL": "custom-model"}
+    with started_by_hand("--live", **variables) as live:
         os.environ["LLM_PROVIDER_URL"] = live.url
         provider = connect(max_calls=7, max_tokens=900)
         client = OpenAI(max_retries=0)
@@ -1712,3 +1711,76 @@ def test_timeline_shows_live_calls(upstream: Provider) -> None:
     assert (run.calls, run.peak_in_flight, run.failed) == (2, 2, 0)
     assert [attempt.label for attempt in run.journal] == [SKY, SKY]
     assert run.waits >= 2 * 0.5
+
+
+# Which server is called, and by whom
+
+
+def ask_upstream() -> None:
+    with OpenAI(max_retries=0, timeout=10) as client:
+        CALLS["chat"](client)
+
+
+def test_count_goes_on_when_the_mode_is_switched(upstream: Provider) -> None:
+    os.environ |= {"OPENAI_BASE_URL": f"{upstream.url}/v1", "OPENAI_API_KEY": SECRET}
+    for _ in range(2):
+        connect(live=True, max_calls=2)
+        ask_upstream()
+        connect(live=False)
+    provider = connect(live=True, max_calls=2)
+    with pytest.raises(openai.PermissionDeniedError, match="max_calls=2"):
+        ask_upstream()
+    assert usage_so_far(provider)["calls"] == request_count(upstream) == 2
+
+
+@pytest.mark.parametrize("name", ["LLM_LIVE", "LLM_PROVIDER_URL"])
+def test_after_a_failed_connect_nothing_is_forwarded(
+    upstream: Provider, name: str
+) -> None:
+    os.environ |= {"OPENAI_BASE_URL": f"{upstream.url}/v1", "OPENAI_API_KEY": SECRET}
+    connect(live=True)
+    os.environ[name] = "http://127.0.0.1:1"  # no switch, and no stub
+    with pytest.raises((ProviderError, ValueError)):
+        connect()
+    with pytest.raises(openai.APIConnectionError):
+        ask_upstream()
+    assert request_count(upstream) == 0
+
+
+def test_stub_mode_refuses_a_live_stub_at_the_given_address(upstream: Provider) -> None:
+    upstream_url = f"{upstream.url}/v1"
+    with started_by_hand("--live", OPENAI_BASE_URL=upstream_url) as provider:
+        os.environ |= {"LLM_PROVIDER_URL": provider.url, "OPENAI_API_KEY": SECRET}
+        with pytest.raises(ProviderError, match=r"live=False.*is in live mode"):
+            connect(live=False)
+        with pytest.raises(openai.APIConnectionError):
+            ask_upstream()
+        assert request_count(upstream) == 0
+        assert connect().live
+
+
+def test_two_different_addresses_are_refused(upstream: Provider) -> None:
+    addresses = {
+        "OPENAI_BASE_URL": f"{upstream.url}/v1",
+        "OPENAI_API_BASE": "http://127.0.0.1:1/v1",
+    }
+    os.environ |= addresses
+    with pytest.raises(ProviderError, match=r"different servers.*Unset one"):
+        connect(live=True)
+    by_hand = subprocess.run(
+        [sys.executable, "-m", "llm_stub", "--live", "--port", "0"],
+        env=os.environ | addresses,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert by_hand.returncode == 2
+    assert "name different servers; unset one of them" in by_hand.stderr
+    os.environ["OPENAI_API_BASE"] = addresses["OPENAI_BASE_URL"] + "/"
+    os.environ["OPENAI_BASE_URL"] = addresses["OPENAI_BASE_URL"]
+    assert connect(live=True).live
+
+
+def test_live_must_be_a_boolean() -> None:
+    with pytest.raises(ValueError, match="live='no' must be True, False or None"):
+        connect(live="no")  # type: ignore[arg-type]

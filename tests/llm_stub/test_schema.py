@@ -720,8 +720,7 @@ def test_quoted_text_that_matches_the_pattern_is_chosen() -> None:
 def test_text_for_a_pattern_is_the_same_in_every_process() -> None:
     code = (
         "from llm_stub.api.schema import text_matching\n"
-        "import re\n"
-        "print(text_matching(re.compile(r'^[^abc]{9}\\w+$'), 'seed'))"
+        "print(text_matching(r'^[^abc]{9}\\w+$', 'seed'))"
     )
     texts = {
         subprocess.run(
@@ -864,7 +863,14 @@ print(tracemalloc.get_traced_memory()[1])
             {**LONG_ARRAY, "items": TEXT}, LONG_PROMPT, id="array, long prompt"
         ),
         pytest.param({**TEXT, "pattern": "(((a{99}){99}){99}){99}"}, "", id="pattern"),
-        pytest.param({**TEXT, "pattern": r"^(\w+\s?)*$"}, "", id="slow pattern"),
+        pytest.param(
+            {**TEXT, "pattern": "^(a+)+$"}, "'" + "a" * 40 + "!'", id="slow pattern"
+        ),
+        pytest.param(
+            {**TEXT, "pattern": "^(?!b)(a+)+$"},
+            "'" + "a" * 40 + "!'",
+            id="slow pattern with a lookaround",
+        ),
         pytest.param({"enum": WORDS}, LONG_PROMPT, id="enum, long prompt"),
     ],
 )

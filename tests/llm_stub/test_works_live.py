@@ -113,17 +113,34 @@ EXPIRIES = (
     [{"anchor": "created_at", "seconds": 3599}, {"anchor": "now", "seconds": 3600}],
     [{"anchor": "created_at", "seconds": 3600}],
 )
+
+
+def said(role: str, kind: str) -> list[Json]:
+    return [{"role": role, "content": [{"type": kind, "text": "a"}]}]
+
+
+RESPONSE_INPUTS = (
+    [
+        [{"role": "tool", "content": "a"}],
+        [{"role": "function", "content": "a"}],
+        said("user", "text"),
+        said("user", "output_text"),
+        said("assistant", "input_text"),
+    ],
+    [said("user", "input_text"), said("assistant", "output_text")],
+)
 # Routes, parameter, values that are refused, values that are accepted.
 VALUES: list[tuple[list[str], str, list[Any], list[Any]]] = [
     (TEXTS, "temperature", [-0.1, 2.1, "1"], [0, 2, None]),
     (TEXTS, "top_p", [-0.1, 1.1], [0, 1]),
     (CHOICES, "frequency_penalty", [-2.1, 2.1, "0"], [-2, 2]),
     (CHOICES, "presence_penalty", [-2.1, 2.1, "0"], [-2, 2]),
-    (CHOICES, "logit_bias", [{"50": 101}, {"50": -101}, [1]], [{"50": 100}, {}]),
+    (CHOICES, "logit_bias", [{"50": 101}, {"a": 1}, [1]], [{"50": 100}, {}]),
     (CHOICES, "n", [0, 129, "1", 1.5], [1, 128]),
-    (CHOICES, "seed", ["1", 1.5], [1, -1]),
+    (CHOICES, "seed", ["1", 1.5, 2**63, -(2**63) - 1], [1, -1, 2**63 - 1]),
     (CHOICES, "stop", [LETTERS, 5], [LETTERS[:4], "a", None]),
     (CHOICES, "max_tokens", [0, -1, "1"], [1, 10**9]),
+    ([COMPLETION], "prompt", [[1, 2], [[1]], ["a", 1]], ["a", ["a", "b"]]),
     ([COMPLETION], "logprobs", [1, 5], [None]),
     ([COMPLETION], "best_of", [0, 21], [1, 20]),
     ([COMPLETION], "echo", [True], [False]),
@@ -136,6 +153,7 @@ VALUES: list[tuple[list[str], str, list[Any], list[Any]]] = [
     (TALKS, "service_tier", ["cheap", 1], ["auto", "flex", "priority"]),
     (TALKS, "safety_identifier", ["a" * 129], ["a" * 128]),
     (TALKS, "top_logprobs", [2], [None]),
+    ([RESPONSE], "input", *RESPONSE_INPUTS),
     ([RESPONSE], "max_output_tokens", [15], [16]),
     ([RESPONSE], "max_tool_calls", [0], [1]),
     ([RESPONSE], "truncation", ["no"], ["auto"]),
@@ -507,6 +525,19 @@ STRICT: Json = {
 }
 
 
+PAIR = {"type": "array", "items": {}, "prefixItems": [{"type": "string"}]}
+
+
+def closed(count: int, kind: Json = STRICT["properties"]["a"]) -> Json:
+    """A strict object with this many properties."""
+    names = [f"a{number}" for number in range(count)]
+    return STRICT | {"properties": dict.fromkeys(names, kind), "required": names}
+
+
+def nested(levels: int) -> Json:
+    return closed(1, nested(levels - 1)) if levels else {"type": "string"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -515,6 +546,16 @@ STRICT: Json = {
         ({"properties": {"a": {"oneOf": []}}}, "'oneOf' is not permitted"),
         ({"properties": {"a": {"uniqueItems": True}}}, "'uniqueItems' is not"),
         ({"$defs": {"b": {"format": "path"}}}, "'path' is not a valid format"),
+        ({"properties": {"a": {}}}, "schema must have a 'type' key"),
+        ({"properties": {"a": {"enum": ["b"]}}}, "schema must have a 'type' key"),
+        ({"properties": {"a": {"type": "array"}}}, "array schema missing items"),
+        ({"properties": {"a": PAIR}}, "'prefixItems' is not permitted"),
+        (
+            {"properties": {"a": {"$ref": "#/$defs/b", "description": "c"}}},
+            "$ref cannot have keywords {'description'}",
+        ),
+        ({"properties": {"a": nested(10)}}, "more than 10 levels of nesting"),
+        ({"$defs": {"b": closed(5000)}}, "it has more than 5000 properties"),
     ],
     ids=str,
 )
@@ -532,6 +573,18 @@ def test_strict_schema_that_openai_refuses_is_refused_even_if_it_is_not_used(
         assert error["param"] == f"tools[1].{place}"
         assert words in error["message"]
     assert post(route, tools=[*tools, function(route, **other)]).status_code == 200
+
+
+def test_strict_schema_at_the_limits_is_accepted(post: Post) -> None:
+    for schema in (nested(9), closed(5000)):
+        tools = [function(CHAT, "hello", parameters=schema, strict=True)]
+        assert post(CHAT, tools=tools, tool_choice="none").status_code == 200
+
+
+def test_stream_of_a_response_cannot_be_asked_for_its_usage(post: Post) -> None:
+    for options, status in (({"include_usage": True}, 400), ({}, 200)):
+        response = post(RESPONSE, stream=True, stream_options=options)
+        assert response.status_code == status
 
 
 # Several function calls in one answer

@@ -1,10 +1,10 @@
 """Completions, and what they share with chats: `n` choices, each with an index."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from propcache.api import cached_property
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..answers import answer
 from .errors import ApiError, Json, context_length_exceeded
@@ -20,6 +20,7 @@ from .requests import (
 )
 
 DEFAULT_MAX_TOKENS = 16  # in a completion that sets no limit
+TokenId = Annotated[str, Field(pattern=r"^\d+$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -127,8 +128,8 @@ class Penalties(ApiObject):
 
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    seed: int | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
 
 class Completion(Penalties, WithChoices):
@@ -138,6 +139,13 @@ class Completion(Penalties, WithChoices):
 
     prompt: str | Annotated[list[str], Field(min_length=1)]
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _is_text(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list) and any(not isinstance(p, str) for p in prompt):
+            raise ValueError("the stub doesn't accept token ids; send text instead")
+        return prompt
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -1,13 +1,12 @@
 """POST /v1/responses: input items, output items, and the events of a stream."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from propcache.api import cached_property
 from pydantic import ConfigDict, Field, model_validator
 
 from ..answers import answer
-from .chat import Role
 from .errors import ApiError, Json
 from .requests import (
     CREATED,
@@ -17,6 +16,7 @@ from .requests import (
     Effort,
     FunctionCall,
     Name,
+    StreamOptions,
     cut,
     server_sent_event,
 )
@@ -31,13 +31,15 @@ from .tools import (
     choose_functions,
 )
 
-Text = Literal["input_text", "output_text", "text", "refusal"]
+Role = Literal["user", "assistant", "system", "developer"]
+InputText = Literal["input_text"]
+OutputText = Literal["output_text", "refusal"]
 
 
 class Part(ApiObject):
     """A text part of an item; the stub accepts no other kind."""
 
-    type: Text
+    type: InputText | OutputText | Literal["reasoning_text", "summary_text"]
     text: str = ""
 
 
@@ -68,6 +70,14 @@ class Item(ApiObject):
     def _is_whole(self) -> Self:
         if self.type == "message" and (self.role is None or self.content is None):
             raise ValueError("a message needs 'role' and 'content'")
+        if self.type == "message" and isinstance(self.content, list):
+            kinds = get_args(OutputText if self.role == "assistant" else InputText)
+            for part in self.content:
+                if part.type not in kinds:
+                    raise ValueError(
+                        f"content of type '{part.type}' in a message with role "
+                        f"'{self.role}'. Supported values are: {', '.join(kinds)}"
+                    )
         if self.type.startswith("function") and self.call_id is None:
             raise ValueError(f"an item of type '{self.type}' needs 'call_id'")
         if self.type == "function_call" and None in (self.name, self.arguments):
@@ -116,6 +126,17 @@ class TextOptions(ApiObject):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
+class ResponseStreamOptions(StreamOptions):
+    """Options for a stream. Unlike a chat's, it always contains the usage."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_usage(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "include_usage" in value:
+            raise ValueError("unknown parameter 'include_usage'")
+        return value
+
+
 class Reasoning(ApiObject):
     """Options for reasoning; they have no effect."""
 
@@ -136,6 +157,7 @@ class Response(Conversation):
     text: TextOptions | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     reasoning: Reasoning | None = None
+    stream_options: ResponseStreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
     def check(self) -> None:

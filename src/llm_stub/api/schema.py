@@ -16,9 +16,10 @@ import re
 from collections.abc import Iterator, Set
 from fractions import Fraction
 from types import NoneType
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 from rstr import Rstr
 
 from ..answers import answer
@@ -55,7 +56,9 @@ KEYWORDS = {
     "boolean": frozenset[str](),
     "null": frozenset[str](),
 }
-STRICT_KEYWORDS = ANNOTATIONS.union(COMBINED, *KEYWORDS.values())
+STRICT_KEYWORDS = ANNOTATIONS.union(COMBINED, *KEYWORDS.values()) - {"prefixItems"}
+MAX_STRICT_LEVELS = 10  # of objects in a strict schema
+MAX_STRICT_PROPERTIES = 5000  # in a strict schema
 PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
     "array": list,
@@ -108,7 +111,7 @@ def check_schema(schema: Json, where: str, param: str, *, strict: bool) -> None:
     supported, and every object must require all its properties and no others.
     """
     kind, problem = schema.get("type"), None
-    if schema and kind != "object" and "$ref" not in schema:
+    if (schema or strict) and kind != "object" and "$ref" not in schema:
         problem = (
             "schema must be a JSON Schema of 'type: \"object\"', got 'type: "
             f'"{kind}"\''
@@ -116,6 +119,8 @@ def check_schema(schema: Json, where: str, param: str, *, strict: bool) -> None:
     if strict and not problem:
         try:
             problem = next(_strict_problems(schema, ()), None)
+            if count_properties(schema) > MAX_STRICT_PROPERTIES:
+                problem = f"it has more than {MAX_STRICT_PROPERTIES} properties"
         except RecursionError:
             problem = "it is nested too deeply"
     if problem:
@@ -132,8 +137,18 @@ def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
     for keyword in schema:
         if keyword not in STRICT_KEYWORDS:
             yield f"In context={path}, '{keyword}' is not permitted"
+    beside_reference = schema.keys() - {"$ref", "$defs", "definitions", "$schema"}
+    if "$ref" in schema and beside_reference:
+        names = ", ".join(map(repr, sorted(beside_reference)))
+        yield f"In context={path}, $ref cannot have keywords {{{names}}}"
+    if schema.get("type") == "array" and "items" not in schema:
+        yield f"In context={path}, array schema missing items"
+    if path.count("properties") > MAX_STRICT_LEVELS:
+        yield f"In context={path}, more than {MAX_STRICT_LEVELS} levels of nesting"
     if schema.get("format", "date") not in list(STRICT_FORMATS):
         yield f"In context={path}, '{schema['format']}' is not a valid format"
+    if not {"type", "$ref", "anyOf"} & schema.keys():
+        yield f"In context={path}, schema must have a 'type' key"
     properties = schema.get("properties", {})
     if not isinstance(properties, dict):
         yield f"In context={path}, 'properties' must be an object"
@@ -157,7 +172,7 @@ def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
     for keyword in ("$defs", "definitions"):
         if isinstance(schema.get(keyword), dict):
             parts += [((keyword, name), one) for name, one in schema[keyword].items()]
-    for keyword in ("anyOf", "prefixItems"):
+    for keyword in ("anyOf",):
         if isinstance(schema.get(keyword), list):
             parts += [
                 ((keyword, str(index)), one)
@@ -167,6 +182,15 @@ def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
         parts.append((("items",), schema["items"]))
     for step, part in parts:
         yield from _strict_problems(part, (*path, *step))
+
+
+def count_properties(schema: Any) -> int:
+    """How many properties all objects in the schema have together."""
+    parts = schema.values() if isinstance(schema, dict) else schema
+    if not isinstance(schema, dict | list):
+        return 0
+    own = schema.get("properties") if isinstance(schema, dict) else None
+    return len(own or ()) + sum(map(count_properties, parts))
 
 
 def json_text(schema: Json, question: str, param: str, *, strict: bool) -> str:
@@ -387,8 +411,8 @@ class _Builder:
         pattern = self.pattern(schema)
 
         def fits(text: str) -> bool:
-            matches = pattern is None or bool(pattern.search(text))
-            return matches and low <= len(text) <= high
+            matches = pattern is None or pattern.matches(text)
+            return low <= len(text) <= high and matches
 
         if "format" in schema:
             example = FORMATS.get(schema["format"])
@@ -408,25 +432,22 @@ class _Builder:
             return text
         for attempt in range(ATTEMPTS):
             seed = digest(self.key, name, attempt)
-            matching = text_matching(pattern, seed, repeats=attempt + 1)
-            if fits(matching):
-                return matching
+            made = text_matching(pattern.source, seed, repeats=attempt + 1)
+            if low <= len(made) <= high and pattern.is_matched_by_its_own(made):
+                return made
         if not self.strict:
             return text
         raise UnsupportedError(
-            f"the stub can't generate a string for the pattern {pattern.pattern!r}. "
+            f"the stub can't generate a string for the pattern {pattern.source!r}. "
             "Put a matching one into the prompt, in quotes"
         )
 
-    def pattern(self, schema: Json) -> re.Pattern[str] | None:
-        """The string's pattern, compiled.
-
-        If Python can't compile it, a strict schema is refused, and any other has None.
-        """
+    def pattern(self, schema: Json) -> "_Pattern | None":
+        """The string's pattern; a lenient schema's is ignored if it is invalid."""
         if "pattern" not in schema:
             return None
         try:
-            return re.compile(schema["pattern"])
+            return _Pattern(schema["pattern"])
         except re.error:
             if self.strict:
                 raise UnsupportedError(
@@ -472,6 +493,40 @@ class _Builder:
         raise UnsupportedError("the stub can't find a number within its bounds")
 
 
+class _Pattern:
+    """A regular expression; raises re.error if it is invalid.
+
+    Python's engine can take forever, so texts are matched by Pydantic's, which takes
+    linear time. That one has no lookarounds: with them, only a text that was made for
+    the pattern is matched, by Python's engine, because it is short and should match.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._linear: TypeAdapter[str] | None = None
+        try:
+            constraint = StringConstraints(pattern=source)
+            self._linear = TypeAdapter(Annotated[str, constraint])
+        except SchemaError:
+            re.compile(source)
+
+    def matches(self, text: str) -> bool:
+        """Whether any text matches; False if that can't be found out quickly."""
+        if self._linear is None:
+            return False
+        try:
+            self._linear.validate_python(text)
+        except ValidationError:
+            return False
+        return True
+
+    def is_matched_by_its_own(self, text: str) -> bool:
+        """Whether a text that was made for the pattern matches it."""
+        if self._linear is None:
+            return bool(text) and bool(re.search(self.source, text))
+        return self.matches(text)
+
+
 class _Short(random.Random):
     """Makes the strings from rstr short, and the same in every run.
 
@@ -494,11 +549,14 @@ class _Short(random.Random):
         return super().choice(sorted(seq) if isinstance(seq[0], str) else seq)
 
 
-def text_matching(pattern: re.Pattern[str], seed: str, repeats: int = 1) -> str:
+def text_matching(pattern: str, seed: str, repeats: int = 1) -> str:
     """A short string that matches the pattern; '' if rstr can't generate one."""
     try:
         text: str = Rstr(_Short(seed, repeats)).xeger(pattern)
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+    except (
+        *(ArithmeticError, LookupError, RecursionError, TypeError, ValueError),
+        re.error,
+    ):
         return ""
     return text
 
