@@ -119,7 +119,7 @@ def check_schema(schema: Json, where: str, param: str, *, strict: bool) -> None:
     if strict and not problem:
         try:
             problem = next(_strict_problems(schema, ()), None)
-            if count_properties(schema) > MAX_STRICT_PROPERTIES:
+            if not problem and count_properties(schema) > MAX_STRICT_PROPERTIES:
                 problem = f"it has more than {MAX_STRICT_PROPERTIES} properties"
         except RecursionError:
             problem = "it is nested too deeply"
@@ -186,11 +186,13 @@ def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
 
 def count_properties(schema: Any) -> int:
     """How many properties all objects in the schema have together."""
-    parts = schema.values() if isinstance(schema, dict) else schema
-    if not isinstance(schema, dict | list):
+    if isinstance(schema, list):
+        return sum(map(count_properties, schema))
+    if not isinstance(schema, dict):
         return 0
-    own = schema.get("properties") if isinstance(schema, dict) else None
-    return len(own or ()) + sum(map(count_properties, parts))
+    own = schema.get("properties")
+    count = len(own) if isinstance(own, dict) else 0
+    return count + sum(map(count_properties, schema.values()))
 
 
 def json_text(schema: Json, question: str, param: str, *, strict: bool) -> str:
