@@ -108,6 +108,7 @@ class Provider:
     def stop(self) -> None:
         """Stop the stub, if this process started it."""
         if self._own_process:
+            _remember_usage(self)
             self._own_process.terminate()
             self._own_process.wait()
 
@@ -183,7 +184,8 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     the model from LLM_MODEL, which doesn't apply to embeddings. They are refused
     once `max_calls` or `max_tokens` is reached. A chat or response without a token
     limit is sent with `max_answer_tokens`. The count goes on when you switch modes.
-    Child processes share it only if you call `connect` before you start them.
+    Child processes share it only if you call `connect(live=True)` before you start
+    them.
 
     Raises ProviderError if the stub can't be started or reached, and ValueError
     for a setting that doesn't exist or is out of range. Even after an error, no
@@ -222,15 +224,18 @@ def _connect(live: bool | None, settings: dict[str, Any]) -> Provider:
         found = running
     else:
         _point_clients_at(None)
+        if running:  # its count goes on
+            _remember_usage(running)
         earlier = _current if _current and _current._own_process else None
         if earlier:
-            _remember_usage(earlier)
             earlier.stop()
         found = _start(earlier.url if earlier else None, live)
         found.started_with = wanted
     _current = found
-    _point_clients_at(found)
+    if not found.live:  # in live mode, no call may be sent before the caps are set
+        _point_clients_at(found)
     _current.configure(**settings)
+    _point_clients_at(found)
     _report_when_it_ends()
     return _current
 
@@ -260,7 +265,7 @@ def _running() -> Provider | None:
 
 
 def _remember_usage(stub: Provider) -> None:
-    """Before a live stub is stopped, remember what counts towards its caps."""
+    """Before a live stub is left, remember what counts towards its caps."""
     global _used
     if stub.live and stub.exit_code is None:
         with contextlib.suppress(ProviderError):
@@ -304,9 +309,9 @@ def current() -> Provider:
 def _start(earlier_url: str | None, live: bool) -> Provider:
     """Start the process, at the earlier address if that is free."""
     port = earlier_url.rpartition(":")[2] if earlier_url else "0"
-    # A file, because a pipe that nobody reads would fill up.
-    errors = tempfile.TemporaryFile()  # noqa: SIM115
     try:
+        # A file, because a pipe that nobody reads would fill up.
+        errors = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
             [sys.executable, "-m", "llm_stub", "--port", port]
             + ["--parent", str(os.getpid())]

@@ -251,6 +251,9 @@ class Batches:
                 wrong(code, problem["message"], number, problem["param"])
                 continue
             model = line.body.get("model")
+            if line.body.get("stream"):
+                message = "Streaming is not supported in a batch."
+                wrong("invalid_request", message, number, "body.stream")
             if line.custom_id in seen:
                 message = f"The custom_id '{line.custom_id}' is not unique."
                 wrong("duplicate_custom_id", message, number, "custom_id")

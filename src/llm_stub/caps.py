@@ -50,6 +50,8 @@ UNBOUNDED = {
     "background": "the response doesn't report its token usage. Leave it out.",
     "context_management": "it uses tokens beyond the answer's limit. Leave it out.",
     "conversation": STORED,
+    "data_sources": HOSTED,
+    "plugins": HOSTED,
     "prediction": "rejected tokens count on top of the answer's limit. Leave it out.",
     "previous_response_id": STORED,
     "web_search_options": HOSTED,

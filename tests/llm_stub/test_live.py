@@ -1733,6 +1733,48 @@ def test_count_goes_on_when_the_mode_is_switched(upstream: Provider) -> None:
     assert usage_so_far(provider)["calls"] == request_count(upstream) == 2
 
 
+@pytest.mark.parametrize("how", ["stop", "other mode"])
+def test_count_goes_on_in_a_child_that_leaves_its_parents_stub(
+    upstream: Provider, how: str
+) -> None:
+    os.environ |= {"OPENAI_BASE_URL": f"{upstream.url}/v1", "OPENAI_API_KEY": SECRET}
+    provider = connect(live=True, max_calls=1)
+    ask_upstream()
+    if how == "stop":
+        provider.stop()
+        connect(live=True, max_calls=1)
+        with pytest.raises(openai.PermissionDeniedError, match="max_calls=1"):
+            ask_upstream()
+        return
+    script = (
+        "import openai\n"
+        "from helpers import connect\n"
+        "connect(live=True)\n"
+        "connect(live=False)\n"
+        "connect(live=True, max_calls=1)\n"
+        "try:\n"
+        "    openai.OpenAI(max_retries=0).embeddings.create(model='m', input='a')\n"
+        "except openai.PermissionDeniedError as error:\n"
+        "    print(error.code)\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert child.stdout.strip() == "live_cap"
+
+
+@pytest.mark.parametrize("settings", [{"max_tokens": -1}, {"maxcalls": 1}], ids=str)
+def test_live_mode_with_a_rejected_setting_forwards_nothing(
+    upstream: Provider, settings: Json
+) -> None:
+    os.environ |= {"OPENAI_BASE_URL": f"{upstream.url}/v1", "OPENAI_API_KEY": SECRET}
+    with pytest.raises(ValueError, match="rejected"):
+        connect(live=True, max_calls=1, **settings)
+    with pytest.raises(openai.APIConnectionError):
+        ask_upstream()
+    assert request_count(upstream) == 0
+
+
 @pytest.mark.parametrize("name", ["LLM_LIVE", "LLM_PROVIDER_URL"])
 def test_after_a_failed_connect_nothing_is_forwarded(
     upstream: Provider, name: str

@@ -197,6 +197,7 @@ def test_only_documented_values_are_accepted(
 
 SMALL, LARGE = "text-embedding-3-small", "text-embedding-3-large"
 ADA = "text-embedding-ada-002"
+SAID = {"role": "assistant", "content": "a"}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 # Route, parameters that contradict each other, the change that makes them valid.
 CONTRADICTIONS: list[tuple[str, Json, Json]] = [
@@ -204,6 +205,9 @@ CONTRADICTIONS: list[tuple[str, Json, Json]] = [
     (COMPLETION, {"best_of": 2, "stream": True}, {"n": 2}),
     (CHAT, {"max_completion_tokens": 5, "max_tokens": 5}, {"max_tokens": None}),
     (CHAT, {"parallel_tool_calls": True}, {"tools": [FUNCTION]}),
+    (CHAT, {"tool_choice": "auto"}, {"tools": [FUNCTION]}),
+    (CHAT, {"messages": [{"role": "assistant"}]}, {"messages": [SAID]}),
+    (CHAT, {"model": ""}, {"model": "m"}),
     (EMBEDDING, {"dimensions": 1537, "model": SMALL}, {"dimensions": 1536}),
     (EMBEDDING, {"dimensions": 3073, "model": LARGE}, {"dimensions": 3072}),
     (EMBEDDING, {"dimensions": 1536, "model": ADA}, {"dimensions": None}),

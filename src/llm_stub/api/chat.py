@@ -90,6 +90,8 @@ class Message(ApiObject):
     def _has_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message with role '{self.role}' needs 'content'")
+        if self.role == "assistant" and self.content is None and not self.tool_calls:
+            raise ValueError("a message with role 'assistant' needs 'content'")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message with role 'tool' needs 'tool_call_id'")
         if self.role == "function" and self.name is None:
@@ -135,6 +137,9 @@ class Chat(Conversation, Penalties, WithChoices):
         return self
 
     def check(self) -> None:
+        if self.tool_choice is not None and not self.tools:
+            message = "'tool_choice' is only allowed when 'tools' are specified."
+            raise ApiError(400, message, "tool_choice")
         check_functions(
             [tool.function for tool in self.tools or ()],
             "tools[{}].function.parameters",

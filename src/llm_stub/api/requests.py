@@ -77,7 +77,7 @@ class Call(ApiObject):
         strict=True, extra="allow", ignored_types=(cached_property,)
     )
 
-    model: str
+    model: Annotated[str, Field(min_length=1)]
 
     @cached_property
     def prompts(self) -> list[str]:
