@@ -198,6 +198,8 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
 def _connect(live: bool | None, settings: dict[str, Any]) -> Provider:
     global _current
     running = _running()
+    if running:  # its count goes on, even if this call fails
+        _remember_usage(running)
     # Until it is clear that live mode is wanted, no call may be forwarded.
     _point_clients_at(running if running and not running.live else None)
     environment.raise_file_limit()
@@ -224,8 +226,6 @@ def _connect(live: bool | None, settings: dict[str, Any]) -> Provider:
         found = running
     else:
         _point_clients_at(None)
-        if running:  # its count goes on
-            _remember_usage(running)
         earlier = _current if _current and _current._own_process else None
         if earlier:
             earlier.stop()
