@@ -1,18 +1,21 @@
 """Answer a call as planned: wait for a slot, then send each byte when it is due."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from aiohttp import web
 
 from . import faults
+from .api.errors import Json
 from .api.requests import Call, Generation, encode
 from .capacity import Capacity
 from .journal import Attempt
 from .plan import Plan
 
 MANY_PROMPTS = 16  # in one call
+_thread = ThreadPoolExecutor(max_workers=1)  # more would only compete for the CPU
 MIN_STREAM_INTERVAL = 0.02  # seconds between two writes to one stream
 
 
@@ -60,12 +63,16 @@ async def generate(
         entry.completion_tokens = call.completion_tokens
         # Many long vectors take seconds; meanwhile, the event loop answers others.
         in_thread = len(call.prompts) >= MANY_PROMPTS
-        body = await asyncio.to_thread(call.body, key) if in_thread else call.body(key)
+        body = await _in_thread(call.body, key) if in_thread else call.body(key)
         if plan.fault in faults.IN_ANSWER:
             return await faults.spoiled_answer(request, body, plan.fault)
         return web.Response(body=encode(body), content_type="application/json")
     finally:
         capacity.leave()
+
+
+def _in_thread(work: Callable[[str], Json], key: str) -> Awaitable[Json]:
+    return asyncio.get_running_loop().run_in_executor(_thread, work, key)
 
 
 async def _stream(
