@@ -188,6 +188,29 @@ def test_clients_reach_nothing_if_python_is_not_found(
     assert base_urls() == {"http://127.0.0.1:9/v1/"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on open files there")
+def test_process_without_a_free_file_gets_a_provider_error() -> None:
+    script = (
+        "import json, os, resource\n"
+        "from helpers import connect\n"
+        "from helpers.connection import ProviderError\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "files = []\n"
+        "try:\n"
+        "    while True:\n"
+        "        files.append(os.open(os.devnull, os.O_RDONLY))\n"
+        "except OSError:\n"
+        "    pass\n"
+        "try:\n"
+        "    connect()\n"
+        "except ProviderError as error:\n"
+        "    message = str(error)\n"
+        "os.close(files.pop())\n"
+        "print(json.dumps(message))\n"
+    )
+    assert run_script(script).startswith("The stub could not be started")
+
+
 def test_clients_reach_nothing_if_live_mode_has_no_key() -> None:
     with pytest.raises(ProviderError, match="OPENAI_API_KEY"):
         connect(live=True)

@@ -306,6 +306,11 @@ WITHOUT_ONE_FIELD = [
             "url",
         ),
         (jsonl([line("a", body("Hi", model="b"))]), "model_mismatch", "body.model"),
+        (
+            jsonl([line("a", body("Hi", stream=True))]),
+            "invalid_request",
+            "body.stream",
+        ),
     ],
 )
 def test_batch_with_an_invalid_line_fails_and_names_line_and_field(

@@ -1106,6 +1106,8 @@ INPUT_IMAGE = {"type": "input_image", "image_url": "https://example.com/a.png"}
             "input[1].output[0]",
         ),
         ("chat", {"web_search_options": {}}, "web_search_options"),
+        ("chat", {"plugins": [{"id": "web"}]}, "plugins"),
+        ("chat", {"data_sources": [{"type": "x"}]}, "data_sources"),
         ("chat", {"prediction": {"type": "content"}}, "prediction"),
         ("chat", {"modalities": ["text", "audio"]}, "modalities"),
         ("chat", user_part(IMAGE), "messages[0].content[0]"),

@@ -129,7 +129,9 @@ def check_schema(schema: Json, where: str, param: str, *, strict: bool) -> None:
         raise ApiError(400, message, param, code)
 
 
-def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
+def _strict_problems(
+    schema: Any, path: tuple[str, ...], depth: int = 0
+) -> Iterator[str]:
     """The problems of a strict schema, outermost first."""
     if not isinstance(schema, dict):
         yield f"In context={path}, {schema!r} is not a schema"
@@ -143,7 +145,7 @@ def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
         yield f"In context={path}, $ref cannot have keywords {{{names}}}"
     if schema.get("type") == "array" and "items" not in schema:
         yield f"In context={path}, array schema missing items"
-    if path.count("properties") > MAX_STRICT_LEVELS:
+    if depth > MAX_STRICT_LEVELS:
         yield f"In context={path}, more than {MAX_STRICT_LEVELS} levels of nesting"
     if schema.get("format", "date") not in list(STRICT_FORMATS):
         yield f"In context={path}, '{schema['format']}' is not a valid format"
@@ -181,7 +183,8 @@ def _strict_problems(schema: Any, path: tuple[str, ...]) -> Iterator[str]:
     if "items" in schema:
         parts.append((("items",), schema["items"]))
     for step, part in parts:
-        yield from _strict_problems(part, (*path, *step))
+        deeper = depth + (step[0] == "properties")
+        yield from _strict_problems(part, (*path, *step), deeper)
 
 
 def count_properties(schema: Any) -> int:

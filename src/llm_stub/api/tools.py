@@ -5,7 +5,7 @@ Source: OpenAI's guide *Function calling*.
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -23,41 +23,39 @@ class Function(ApiObject):
     strict: bool | None = None
 
 
-class FunctionTool(ApiObject):
+class OnlyFunctions(ApiObject):
+    """An object of type `function`; the stub supports no other type."""
+
+    REFUSAL: ClassVar[str]
+    """The error for another type; `{}` is that type."""
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "function":
+            raise ValueError(cls.REFUSAL.format(kind))
+        return value
+
+
+class FunctionTool(OnlyFunctions):
     """A tool that is a function; the stub has no other kind."""
 
-    type: Literal["function"]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_a_function(cls, value: Any) -> Any:
-        if (kind := _other_type(value)) is not None:
-            raise ValueError(
-                f"the stub has no tools of type '{kind}'. Define a tool of type "
-                "'function' instead, and run it in your own code"
-            )
-        return value
+    REFUSAL = (
+        "the stub has no tools of type '{}'. Define a tool of type 'function' instead, "
+        "and run it in your own code"
+    )
 
 
-class FunctionChoice(ApiObject):
+class FunctionChoice(OnlyFunctions):
     """A choice of the function that the model must call."""
 
-    type: Literal["function"]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_a_function(cls, value: Any) -> Any:
-        if (kind := _other_type(value)) is not None:
-            raise ValueError(
-                f"the stub doesn't support the type '{kind}'. Use 'none', 'auto', "
-                "'required' or a function; to allow only some tools, send only those"
-            )
-        return value
-
-
-def _other_type(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return kind if isinstance(kind, str) and kind != "function" else None
+    REFUSAL = (
+        "the stub doesn't support the type '{}'. Use 'none', 'auto', 'required' or a "
+        "function; to allow only some tools, send only those"
+    )
 
 
 def check_functions(functions: Sequence[Function], param: str) -> None:
