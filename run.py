@@ -1,7 +1,8 @@
-"""Command line of this project: lab, test, notebooks, bench.
+"""Command line of this project: lab, test, doctor, notebooks, bench.
 
     python run.py lab        open the notebooks in JupyterLab
     python run.py test       run every check: style, types, tests, notebooks
+    python run.py doctor     check that this machine can run the notebooks
     python run.py notebooks  execute the notebooks and store their outputs
     python run.py bench      compare all ways; also `bench bounds`, `bench stub`
 
@@ -18,12 +19,14 @@ import base64
 import hashlib
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Mapping, NoReturn, Optional
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -33,6 +36,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 PICTURE = NOTEBOOKS / "timelines.png"  # the picture in README.md
 STAMP = VENV / "installed.txt"  # which Python and lock .venv has
+QUIET = [] if sys.stderr.isatty() else ["--quiet"]  # a terminal shows progress bars
 
 
 def fail(sentence: str) -> NoReturn:
@@ -41,11 +45,9 @@ def fail(sentence: str) -> NoReturn:
     sys.exit(2)
 
 
-def call(*words: object, environment: Optional[Mapping[str, str]] = None) -> int:
+def call(*words: object, **options: Any) -> int:
     """Run a command in the project's folder; return its exit code."""
-    process = subprocess.Popen(
-        [str(word) for word in words], cwd=str(ROOT), env=environment
-    )
+    process = subprocess.Popen([str(word) for word in words], cwd=str(ROOT), **options)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
@@ -54,41 +56,107 @@ def call(*words: object, environment: Optional[Mapping[str, str]] = None) -> int
             pass
 
 
+class SetUpError(Exception):
+    """The set-up failed. The text says what to do about it."""
+
+
 def set_up() -> None:
-    """Install exactly what requirements.lock lists into `.venv`.
+    """Install exactly what requirements.lock lists into `.venv`; raise SetUpError.
 
     A `.venv` can't be moved, because its scripts contain its path. A moved or
     copied project gets a new one.
     """
+    lock = LOCK.read_text("utf-8")
     wanted = "python {}.{}, lock {}, in {}\n".format(
-        *sys.version_info[:2], hashlib.sha256(LOCK.read_bytes()).hexdigest(), ROOT
+        *sys.version_info[:2], hashlib.sha256(lock.encode()).hexdigest(), ROOT
     )
-    if STAMP.exists() and PYTHON.exists() and STAMP.read_text() == wanted:
+    if STAMP.exists() and PYTHON.exists() and STAMP.read_text("utf-8") == wanted:
         return
-    print("Setting up .venv. This happens once and takes a minute or two.", flush=True)
-    uv = shutil.which("uv")
-    if uv:
-        make = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, VENV]
-        pip = [uv, "pip", "install", "--quiet", "--python", PYTHON]
-    else:
-        make = [sys.executable, "-m", "venv", "--clear", VENV]
-        pip = [PYTHON, "-m", "pip", "install", "--quiet"]
-        pip += ["--disable-pip-version-check"]
-    if call(*make):
-        fail(
+    started = time.monotonic()
+    tell("Setting up .venv. This happens once and takes about half a minute.")
+    tell("  1/3 creating the virtual environment")
+    if install(sys.executable, "-m", "venv", "--clear", VENV):
+        raise SetUpError(
             "could not create the virtual environment {}; see the error above. On "
             "Debian and Ubuntu, install the package python3-venv. Then run the same "
             "command again.".format(VENV)
         )
-    locked = pip + ["--require-hashes", "-r", LOCK]
-    ours = pip + ["--no-deps", "--no-build-isolation", "-e", ROOT]
-    if call(*locked) or call(*ours):
-        fail(
-            "could not install the packages in requirements.lock; see the error "
-            "above. The first run needs the network, or a package index that pip "
-            "is configured to use. Fix that and run the same command again."
-        )
-    STAMP.write_text(wanted)
+    tell("  2/3 installing uv, which installs packages quickly")
+    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *QUIET]
+    uv = [PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON, *QUIET]
+    packages = ["--require-hashes", "-r", LOCK]
+    project = ["--no-deps", "--no-build-isolation", "-e", ROOT]
+    only_uv = VENV / "uv.txt"  # the part of the lock that pins uv
+    only_uv.write_text("".join(re.findall(r"^uv==(?:.*\\\n)*.*", lock, re.M)), "utf-8")
+    has_uv = install(*pip, "--require-hashes", "-r", only_uv) == 0
+    tell("  3/3 installing the packages in requirements.lock")
+    settings = uv_settings() if has_uv else {}
+    if not has_uv or any(
+        install(*uv, *what, **settings) for what in (packages, project)
+    ):
+        tell("      uv failed. Trying pip, which takes a few minutes")
+        if install(*pip, *packages) or install(*pip, *project):
+            raise SetUpError(
+                "could not install the packages in requirements.lock; see the error "
+                "above. The first run needs the network, or a package index that pip "
+                "is configured to use. Fix that and run the same command again."
+            )
+    STAMP.write_text(wanted, "utf-8")
+    tell("Done in {:.0f} seconds.".format(time.monotonic() - started))
+
+
+def tell(line: str) -> None:
+    """Show progress on standard error; standard output belongs to the command."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def install(*words: object, **settings: str) -> int:
+    """Run a command that installs something; return its exit code."""
+    return call(*words, stdout=sys.stderr, env={**os.environ, **settings})
+
+
+def uv_settings() -> "dict[str, str]":
+    """Variables that make uv install from where pip does, with a cache it can write.
+
+    A variable that is already set stays as it is.
+    """
+    command = [str(PYTHON), "-m", "pip", "config", "list"]
+    listed = subprocess.check_output(command).decode()
+    pip = {}
+    for section in "global", "install", ":env:":  # the last one wins
+        lines = re.findall("^{}[.](.+?)='(.*)'$".format(section), listed, re.M)
+        for name, text in lines:  # a list may have one value a line
+            pip[name] = " ".join(text.replace("\\n", " ").split())
+    settings = {
+        "UV_DEFAULT_INDEX": pip.get("index-url"),
+        "UV_INDEX": pip.get("extra-index-url"),
+        "UV_INDEX_STRATEGY": "unsafe-best-match",  # pip's; the hashes make it safe
+        "UV_NO_INDEX": pip.get("no-index"),
+        "UV_FIND_LINKS": pip.get("find-links", "").replace(" ", ","),
+        "UV_INSECURE_HOST": pip.get("trusted-host"),
+        "HTTPS_PROXY": pip.get("proxy"),
+        "SSL_CERT_FILE": pip.get("cert"),
+        "UV_SYSTEM_CERTS": "true",
+        "UV_CACHE_DIR": None if has_cache() else str(VENV / "cache"),
+    }
+    return {
+        name: value
+        for name, value in settings.items()
+        if value and not {name, name.lower()} & set(os.environ)
+    }
+
+
+def has_cache() -> bool:
+    """Whether uv can write to its cache folder, which is usually in the home folder."""
+    command = [str(PYTHON), "-m", "uv", "cache", "dir"]
+    try:
+        cache = subprocess.check_output(command, stderr=subprocess.DEVNULL)
+        folder = Path(cache.decode().strip())
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=str(folder)):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 def lab(*words: str) -> int:
@@ -188,7 +256,21 @@ def last_picture(notebook: Path) -> bytes:
     return base64.b64decode("".join(pictures[-1]))
 
 
-COMMANDS = {"lab": lab, "test": test, "notebooks": notebooks, "bench": bench}
+def doctor(*words: str) -> int:
+    """Check that this machine can run the notebooks."""
+    sys.path.insert(0, str(ROOT))  # Python may have been told to leave it out
+    from doctor import main
+
+    return main(words)
+
+
+COMMANDS = {
+    "lab": lab,
+    "test": test,
+    "doctor": doctor,
+    "notebooks": notebooks,
+    "bench": bench,
+}
 
 
 def main(words: "list[str]") -> int:
@@ -204,7 +286,11 @@ def main(words: "list[str]") -> int:
         print(__doc__)
         problem = "unknown command {!r}".format(words[0]) if words else "no command"
         fail("{}. Choose from: {}.".format(problem, ", ".join(COMMANDS)))
-    set_up()
+    if words[0] != "doctor":  # it reports a failing set-up among the other results
+        try:
+            set_up()
+        except SetUpError as error:
+            fail(str(error))
     return COMMANDS[words[0]](*words[1:])
 
 

@@ -41,8 +41,8 @@ GROWING = ["semaphore", "workers", "aiohttp", "Dask"]
 MAX_LOOP_PROMPTS = 10  # because the loop runs them one after the other
 BATCH_SPEED = 1000  # lines per second, for the stub's Batch API
 MAX_LATENCY = 3600  # seconds
-BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-STYLES = [("o-", BLUE), ("s--", VERMILLION), ("^-.", GREEN), ("D:", GREY)]
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+STYLES = [("o-", BLUE), ("s--", VERMILION), ("^-.", GREEN), ("D:", GREY)]
 
 COLUMNS = {  # of the table: key of a row, heading, format
     "way": ("way", ""),

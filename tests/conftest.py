@@ -1,7 +1,10 @@
+import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -85,6 +88,26 @@ class SocketKernelManager(KernelManager):
 
 
 nbval.kernel.KernelManager = SocketKernelManager
+
+
+@pytest.fixture(scope="session")
+def link_environment() -> Callable[[Path], None]:
+    """Give a copy of the project the `.venv` of these tests, without installing it."""
+
+    def link(project: Path) -> None:
+        # Links to what is in it. If run.py recreates .venv, it removes the links only.
+        (project / ".venv").mkdir()
+        for part in Path(sys.prefix).iterdir():
+            (project / ".venv" / part.name).symlink_to(part)
+        # run.py would recreate an environment that was set up in another folder.
+        stamp = project / ".venv" / "installed.txt"
+        stamp.unlink(missing_ok=True)
+        lock = (project / "requirements.lock").read_bytes()
+        version, digest = sys.version_info, hashlib.sha256(lock).hexdigest()
+        text = f"python {version[0]}.{version[1]}, lock {digest}, in {project}\n"
+        stamp.write_text(text, "utf-8")
+
+    return link
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,12 @@ LETTER_WIDTH = 0.066  # inches
 TITLE_HEIGHT, LEGEND_HEIGHT = 0.3, 0.5  # inches above each run, below the last
 
 # Okabe and Ito's colours. Hatches and marks distinguish the states, too.
-BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 WAITING, RECEIVING = "waiting for the first byte", "receiving"
 STYLES: dict[str, dict[str, Any]] = {
     WAITING: {"facecolor": "#CCE3F0", "edgecolor": BLUE},
     RECEIVING: {"facecolor": BLUE, "edgecolor": BLUE},
-    "failed ×": {"facecolor": "#F7DFCC", "edgecolor": VERMILLION, "hatch": "xxx"},
+    "failed ×": {"facecolor": "#F7DFCC", "edgecolor": VERMILION, "hatch": "xxx"},
     "cancelled /": {"facecolor": "#E0E0E0", "edgecolor": GREY, "hatch": "///"},
     "in flight >": {"facecolor": "white", "edgecolor": GREEN, "hatch": "..."},
 }

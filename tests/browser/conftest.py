@@ -39,20 +39,11 @@ END_OF_OUTPUT = "(end of output)"
 class Lab:
     """JupyterLab as `python run.py lab` starts it, on a copy of the project."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, link_environment: Callable[[Path], None]) -> None:
         self.project = folder / "project"
         ignored = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_c*")
         shutil.copytree(ROOT, self.project, ignore=ignored)
-        # Links to the contents of the real environment, so nothing is installed
-        # again. If run.py recreates .venv, it removes the links, not their targets.
-        (self.project / ".venv").mkdir()
-        for part in Path(sys.prefix).iterdir():
-            (self.project / ".venv" / part.name).symlink_to(part)
-        # run.py would recreate it, because it was set up in another folder.
-        stamp = self.project / ".venv" / "installed.txt"
-        text = stamp.read_text().replace(str(ROOT), str(self.project))
-        stamp.unlink()
-        stamp.write_text(text)
+        link_environment(self.project)
         home = folder / "home"
         home.mkdir()
         self._process = subprocess.Popen(
@@ -226,8 +217,12 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    lab = Lab(tmp_path_factory.mktemp("lab"))
+def lab(
+    browser: Browser,
+    tmp_path_factory: pytest.TempPathFactory,
+    link_environment: Callable[[Path], None],
+) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("lab"), link_environment)
     yield lab
     assert lab.stop() == [], "Ctrl+C left processes of JupyterLab, kernels or stubs"
 

@@ -8,42 +8,50 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("lab", "test", "notebooks", "bench")
-
-posix_only = pytest.mark.skipif(
-    os.name == "nt", reason="the fakes for uv and python are shell scripts"
-)
-
-with_and_without_uv = pytest.mark.parametrize(
-    "project", ["with uv", "without uv"], indirect=True
-)
-
-# Replaces .venv's Python. pip exits as configured; any other tool prints its
-# working directory and its arguments.
-FAKE_PYTHON = """#!/bin/sh
-if [ "$2" = pip ]; then
-    echo "install" >> "$CALLS"
-    exit "$INSTALL_EXIT"
-fi
-pwd
-printf '<%s>' "$@"
-echo
-exit "$TOOL_EXIT"
+COMMANDS = ("lab", "test", "doctor", "notebooks", "bench")
+TOOLS = ("lab", "test", "notebooks", "bench")  # they start a program
+LOCK = """\
+helpers==1 \\
+    --hash=sha256:11
+uv==0.13.9 \\
+    --hash=sha256:22 \\
+    --hash=sha256:33
+    # via many-llm-calls
+wheel==2 \\
+    --hash=sha256:44
 """
 
-FAKE_UV = """#!/bin/sh
-case $1 in
-venv)
-    echo "make" >> "$CALLS"
-    for venv; do :; done
-    rm -rf "$venv"
-    mkdir -p "$venv/bin"
-    cp "$PYTHON" "$venv/bin/python"
-    ;;
-pip)
-    echo "install" >> "$CALLS"
-    exit "$INSTALL_EXIT"
-    ;;
+posix_only = pytest.mark.skipif(
+    os.name == "nt", reason="the fake for .venv's Python is a shell script"
+)
+
+with_uv_and_without = pytest.mark.parametrize(
+    "project", ["uv works", "uv fails"], indirect=True
+)
+
+# Replaces .venv's Python. It notes what pip and uv were called with. Any other tool
+# prints its working directory and its arguments.
+FAKE_PYTHON = """#!/bin/sh
+case "$2 $3" in
+"pip config")
+    printf '%s' "$PIP_SETTINGS" ;;
+"uv cache")
+    echo "$CACHE" ;;
+"pip install")
+    echo "$@" >> "$CALLS"
+    case "$*" in
+    */uv.txt) exit "$GET_UV_EXIT" ;;
+    esac
+    exit "$INSTALL_EXIT" ;;
+"uv pip")
+    echo "$@" >> "$CALLS"
+    env | grep -E '^(UV|HTTPS|SSL)_' >> "$CALLS"
+    exit $((INSTALL_EXIT + UV_EXIT)) ;;
+*)
+    pwd
+    printf '<%s>' "$@"
+    echo
+    exit "$TOOL_EXIT" ;;
 esac
 """
 
@@ -51,7 +59,7 @@ esac
 FAKE_VENV = """
 import os, pathlib, shutil, sys
 with open(os.environ["CALLS"], "a") as calls:
-    print("make", file=calls)
+    print("-m venv", file=calls)
 venv = pathlib.Path(sys.argv[-1])
 shutil.rmtree(venv, ignore_errors=True)
 (venv / "bin").mkdir(parents=True)
@@ -79,15 +87,15 @@ class Project:
         )
         return Result(process.returncode, process.stdout, process.stderr)
 
+    def calls_of(self, command: str) -> list[str]:
+        """The calls of venv, pip or uv that begin with this command."""
+        lines = self.calls.read_text().splitlines()
+        return [line for line in lines if line.startswith(command)]
+
     @property
     def environments_created(self) -> int:
         """How often .venv was created."""
-        return self.calls.read_text().split().count("make")
-
-    @property
-    def installs(self) -> int:
-        """How often pip installed packages."""
-        return self.calls.read_text().split().count("install")
+        return len(self.calls_of("-m venv"))
 
 
 @dataclass
@@ -116,30 +124,33 @@ def executable(path: Path, text: str) -> Path:
 def project(tmp_path: Path, request: pytest.FixtureRequest) -> Project:
     root = tmp_path / "a project"
     fakes = tmp_path / "fakes"
-    tools = tmp_path / "tools"
-    for folder in root / "notebooks", fakes, tools:
+    for folder in root / "notebooks", root / "benchmarks", fakes:
         folder.mkdir(parents=True)
-    shutil.copy(ROOT / "run.py", root)
-    (root / "requirements.lock").write_text("helpers==1\n")
-    (root / "benchmarks").mkdir()
+    for name in "run.py", "doctor.py":
+        shutil.copy(ROOT / name, root)
+    (root / "requirements.lock").write_text(LOCK)
     for name in "_ways", "bounds", "scoreboard":
         (root / "benchmarks" / f"{name}.py").touch()
     (root / "notebooks" / "01_make_one_call.ipynb").touch()
     (root / "notebooks" / "02_make_two_calls.ipynb").touch()
+    (fakes / "venv.py").write_text(FAKE_VENV)
+    inherited = {
+        name: text
+        for name, text in os.environ.items()
+        if not name.startswith(("PIP_", "UV_", "SSL_", "HTTPS_"))
+    }
     environment = {
-        **os.environ,
-        "PATH": str(tools),
-        "CALLS": str(tmp_path / "calls"),
+        **inherited,
+        "PYTHONPATH": str(fakes),
         "PYTHON": str(executable(fakes / "python", FAKE_PYTHON)),
+        "CALLS": str(tmp_path / "calls"),
+        "CACHE": str(tmp_path / "cache" / "uv"),
+        "PIP_SETTINGS": "",
+        "GET_UV_EXIT": "0",
+        "UV_EXIT": str(int(getattr(request, "param", "") == "uv fails")),
         "INSTALL_EXIT": "0",
         "TOOL_EXIT": "0",
     }
-    if getattr(request, "param", "with uv") == "with uv":
-        executable(tools / "uv", FAKE_UV)
-        environment["PATH"] += os.pathsep + os.defpath
-    else:
-        (fakes / "venv.py").write_text(FAKE_VENV)
-        environment["PYTHONPATH"] = str(fakes)
     return Project(root, environment, tmp_path / "calls")
 
 
@@ -197,7 +208,7 @@ def test_older_python_is_rejected_with_a_message_before_anything_is_created(
 
 
 @posix_only
-@with_and_without_uv
+@with_uv_and_without
 def test_environment_is_created_once(project: Project) -> None:
     for _ in range(3):
         assert project.run("lab").exit_code == 0
@@ -205,12 +216,12 @@ def test_environment_is_created_once(project: Project) -> None:
 
 
 @posix_only
-@with_and_without_uv
+@with_uv_and_without
 def test_environment_is_recreated_when_the_lock_changes(
     project: Project,
 ) -> None:
     project.run("lab")
-    (project.root / "requirements.lock").write_text("helpers==2\n")
+    (project.root / "requirements.lock").write_text(LOCK + "zipp==2\n")
     for _ in range(2):
         assert project.run("lab").exit_code == 0
     assert project.environments_created == 2
@@ -225,7 +236,7 @@ def test_environment_is_recreated_after_it_was_deleted(project: Project) -> None
 
 
 @posix_only
-@with_and_without_uv
+@with_uv_and_without
 def test_environment_is_recreated_after_the_folder_was_moved(project: Project) -> None:
     project.run("lab")
     project.root = project.root.rename(project.root.with_name("moved"))
@@ -235,7 +246,7 @@ def test_environment_is_recreated_after_the_folder_was_moved(project: Project) -
 
 
 @posix_only
-@with_and_without_uv
+@with_uv_and_without
 def test_failed_installation_gives_one_message_and_is_retried_by_the_next_run(
     project: Project,
 ) -> None:
@@ -244,20 +255,20 @@ def test_failed_installation_gives_one_message_and_is_retried_by_the_next_run(
         assert result.exit_code == 2
         assert "needs the network" in result.message
         assert "run the same command again" in result.message
-        assert project.installs == attempt
+        assert project.environments_created == attempt
     assert project.run("lab").exit_code == 0
     assert project.environments_created == 3
 
 
 @posix_only
-@with_and_without_uv
+@with_uv_and_without
 def test_failed_installation_of_a_new_lock_invalidates_the_old_environment(
     project: Project,
 ) -> None:
     lock = project.root / "requirements.lock"
     old = lock.read_text()
     project.run("lab")
-    lock.write_text("helpers==2\n")
+    lock.write_text(LOCK + "zipp==2\n")
     project.run("lab", INSTALL_EXIT="1")
     lock.write_text(old)
     assert project.run("lab").exit_code == 0
@@ -265,17 +276,90 @@ def test_failed_installation_of_a_new_lock_invalidates_the_old_environment(
 
 
 @posix_only
-def test_failing_uv_gives_one_message(tmp_path: Path) -> None:
-    for name in "run.py", "requirements.lock":
-        shutil.copy(ROOT / name, tmp_path)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    executable(tools / "uv", "#!/bin/sh\nexit 1\n")
-    project = Project(tmp_path, {**os.environ, "PATH": str(tools)}, tmp_path / "calls")
+def test_uv_installs_the_lock_and_the_project_with_hashes(project: Project) -> None:
+    result = project.run("lab")
+
+    assert len(project.calls_of("-m pip")) == 1  # for uv itself
+    packages, ours = project.calls_of("-m uv pip install")
+    lock = project.root / "requirements.lock"
+    assert packages.endswith(f"--require-hashes -r {lock}")
+    assert ours.endswith(f"--no-deps --no-build-isolation -e {project.root}")
+    steps = [line for line in result.errors.splitlines() if "/3 " in line]
+    assert len(steps) == 3
+
+
+@posix_only
+def test_uv_itself_is_installed_as_the_lock_pins_it(project: Project) -> None:
+    project.run("lab")
+
+    [call] = project.calls_of("-m pip install")
+    assert "--require-hashes" in call
+    pinned = (project.root / ".venv" / "uv.txt").read_text().split()
+    assert pinned == "uv==0.13.9 \\ --hash=sha256:22 \\ --hash=sha256:33".split()
+
+
+def test_the_lock_pins_uv() -> None:
+    assert "\nuv==" in (ROOT / "requirements.lock").read_text()
+
+
+@posix_only
+@pytest.mark.parametrize("failing", ["GET_UV_EXIT", "UV_EXIT"])
+def test_pip_installs_the_same_if_uv_fails(project: Project, failing: str) -> None:
+    result = project.run("lab", **{failing: "1"})
+
+    assert result.exit_code == 0
+    _, packages, ours = project.calls_of("-m pip install")
+    lock = project.root / "requirements.lock"
+    assert packages.endswith(f"--require-hashes -r {lock}")
+    assert ours.endswith(f"--no-deps --no-build-isolation -e {project.root}")
+    assert "pip, which takes a few minutes" in result.errors
+
+
+@posix_only
+def test_uv_uses_the_package_index_proxy_and_certificates_of_pip(
+    project: Project,
+) -> None:
+    settings = r"""\
+:env:.index-url='https://from-the-environment.example/simple'
+global.cert='/etc/our own.pem'
+global.extra-index-url='\nhttps://one.example\nhttps://two.example'
+global.index-url='https://from-a-file.example/simple'
+global.proxy='http://proxy.example:3128'
+install.find-links='/wheels /more'
+"""
+    project.run("lab", PIP_SETTINGS=settings, UV_INDEX="https://mine.example")
+
+    seen = project.calls_of("")
+    assert "UV_DEFAULT_INDEX=https://from-the-environment.example/simple" in seen
+    assert "UV_FIND_LINKS=/wheels,/more" in seen
+    assert "SSL_CERT_FILE=/etc/our own.pem" in seen
+    assert "HTTPS_PROXY=http://proxy.example:3128" in seen
+    assert "UV_INDEX=https://mine.example" in seen  # the reader's own word for uv
+
+
+@posix_only
+def test_uv_gets_another_cache_if_the_home_folder_is_read_only(
+    project: Project, tmp_path: Path
+) -> None:
+    project.run("lab")
+    assert project.calls_of("UV_CACHE_DIR") == []
+
+    (tmp_path / "file").touch()  # not even root can create a folder in it
+    shutil.rmtree(project.root / ".venv")
+    project.run("lab", CACHE=str(tmp_path / "file" / "uv"))
+
+    assert set(project.calls_of("UV_CACHE_DIR")) == {
+        f"UV_CACHE_DIR={project.root / '.venv' / 'cache'}"
+    }
+
+
+@posix_only
+def test_failing_venv_gives_one_message(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "fakes" / "venv.py").write_text("raise SystemExit(1)")
     result = project.run("lab")
     assert result.exit_code == 2
     assert "could not create the virtual environment" in result.message
-    assert not (tmp_path / ".venv").exists()
+    assert "python3-venv" in result.message
 
 
 def test_real_installer_without_network_gives_one_message(
@@ -289,7 +373,6 @@ def test_real_installer_without_network_gives_one_message(
         if not name.startswith(("PIP_", "UV_"))
     }
     environment |= {
-        "PATH": str(tmp_path / "without uv"),
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_NO_INDEX": "1",
     }
@@ -300,7 +383,7 @@ def test_real_installer_without_network_gives_one_message(
 
 
 @posix_only
-@with_and_without_uv
+@with_uv_and_without
 def test_run_py_works_from_any_folder(project: Project, tmp_path: Path) -> None:
     result = project.run("lab", cwd=tmp_path)
     assert result.exit_code == 0
@@ -368,7 +451,7 @@ def test_unknown_benchmark_lists_the_benchmarks(project: Project, name: str) -> 
 
 
 @posix_only
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", TOOLS)
 def test_exit_code_is_that_of_the_tool(project: Project, command: str) -> None:
     assert project.run(command, TOOL_EXIT="5").exit_code == 5
 
