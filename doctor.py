@@ -171,11 +171,17 @@ def check_browser() -> Check:
 
 def check_chromium() -> Check:
     """For the browser tests, which are skipped without it."""
-    if os.environ.get("CHROMIUM") or any(map(shutil.which, CHROMIUM)):
+    if find_chromium():
         return Check("Chromium", "ok", "the browser tests can run")
     text = "not found. Only `python run.py test` uses it: apt-get install chromium, "
     text += "or set CHROMIUM to the path of its program."
     return Check("Chromium", "note", text)
+
+
+def find_chromium() -> str | None:
+    """The path of the browser for the tests: CHROMIUM, or one that is installed."""
+    installed = filter(None, map(shutil.which, CHROMIUM))
+    return os.environ.get("CHROMIUM") or next(installed, None)
 
 
 def execute(module: str, *options: str, text: str = "") -> CompletedProcess[str]:

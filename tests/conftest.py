@@ -15,6 +15,7 @@ from jupyter_client.manager import KernelManager
 from openai import DefaultHttpxClient, OpenAI
 from xdist.scheduler import LoadFileScheduling
 
+from doctor import find_chromium
 from helpers import connect
 from helpers.connection import Provider, ProviderError, current
 from helpers.environment import RECORD
@@ -36,8 +37,28 @@ SLOW_FILES = [
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slow files first, then the other notebooks, then the rest."""
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Order the tests, and leave out a kernel's Run All if a browser does the same.
+
+    First come the slow files, then the other notebooks, then the rest.
+    """
+    if find_chromium():
+        in_browser = {
+            mark.args
+            for item in items
+            for mark in item.iter_markers("runs_all")
+            if item.path.parent.name == "browser"
+        }
+        twice = [
+            item
+            for item in items
+            for mark in item.iter_markers("runs_all")
+            if item.path.parent.name != "browser" and mark.args in in_browser
+        ]
+        config.hook.pytest_deselected(items=twice)
+        items[:] = [item for item in items if item not in twice]
 
     def rank(item: pytest.Item) -> int:
         if item.path.name in SLOW_FILES:
@@ -47,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
-class LoadFileExceptRunAll(LoadFileScheduling):
+class LoadFileExceptRunAll(LoadFileScheduling):  # type: ignore[misc] # has no types
     """Keeps each file's tests in one worker, except those of test_run_all.py.
 
     It is by far the slowest file and its tests share nothing, so each of them

@@ -27,9 +27,10 @@ import psutil
 import pytest
 from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
 
+from doctor import find_chromium
+
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "00_start_here"
-BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 MAY_FAIL = {"raises-exception", "nbval-raises-exception"}  # tags of cells
 TIMEOUT = 60.0  # seconds for startup, shutdown or a reaction on a busy machine
 RUN_ALL_TIMEOUT = 120.0  # seconds for all cells of a notebook
@@ -99,7 +100,8 @@ class Lab:
         """Press Ctrl+C; kill and return any process that survives it."""
         processes = psutil.Process(self._process.pid).children(recursive=True)
         os.killpg(self._process.pid, signal.SIGINT)
-        alive, deadline = processes, time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + TIMEOUT
+        alive: list[psutil.Process] = processes
         while alive and time.monotonic() < deadline:
             _, alive = psutil.wait_procs(alive, timeout=0.2)
             alive = [process for process in alive if not is_zombie(process)]
@@ -202,9 +204,7 @@ def errors(cell: dict[str, Any]) -> list[str]:
 def browser() -> Iterator[Browser]:
     if os.name == "nt":
         pytest.skip("Windows can't send Ctrl+C to a single program")
-    installed = filter(None, map(shutil.which, BROWSERS))
-    found = os.environ.get("CHROMIUM") or next(installed, None)
-    if not found:
+    if not (found := find_chromium()):
         pytest.skip(
             "no browser found: install one (apt-get install chromium), or set the "
             "environment variable CHROMIUM to the path of its program"

@@ -35,7 +35,9 @@ def test_lab_opens_the_first_notebook(lab: Lab, page: Page) -> None:
     expect(tabs).to_have_text([f"{FIRST}.ipynb"])
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.runs_all(name)) for name in NOTEBOOKS]
+)
 def test_run_all_shows_every_picture_and_no_message(
     name: str, page: Page, open_notebook: Callable[[str], Notebook], screenshots: Path
 ) -> None:

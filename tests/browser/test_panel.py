@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from playwright.sync_api import Locator, Page, expect
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Panel:
         expect(self.cancel).to_be_disabled()
 
 
+@pytest.mark.runs_all(LESSON)
 def test_panel_runs_cancels_and_runs_again(
     page: Page, open_notebook: Callable[[str], Notebook], screenshots: Path
 ) -> None:

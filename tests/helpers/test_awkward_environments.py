@@ -586,7 +586,7 @@ async def answers(timeout: float) -> list[str]:
     models = f"{openai.OpenAI().base_url}models"
     hello: Any = {"model": "m", "prompt": "Hello"}
     options: Any = {"timeout": timeout, "max_retries": 0}
-    chat = langchain_openai.ChatOpenAI(**options)
+    chat: Any = langchain_openai.ChatOpenAI(**options)
     llm = langchain_openai.OpenAI(**options)
     embeddings = langchain_openai.OpenAIEmbeddings(
         check_embedding_ctx_length=False, **options
@@ -600,14 +600,14 @@ async def answers(timeout: float) -> list[str]:
             str(embeddings.embed_query("Hello")),
         ]
     async with (
-        openai.AsyncOpenAI(**options) as httpx,
+        openai.AsyncOpenAI(**options) as on_httpx,
         openai.DefaultAioHttpClient() as connections,
-        openai.AsyncOpenAI(http_client=connections, **options) as aiohttp,
+        openai.AsyncOpenAI(http_client=connections, **options) as on_aiohttp,
     ):
         return [
             *found,
-            (await httpx.completions.create(**hello)).choices[0].text,
-            (await aiohttp.completions.create(**hello)).choices[0].text,
+            (await on_httpx.completions.create(**hello)).choices[0].text,
+            (await on_aiohttp.completions.create(**hello)).choices[0].text,
             (await chat.ainvoke("Hello")).content,
             "".join([chunk.content async for chunk in chat.astream("Hello")]),
             await llm.ainvoke("Hello"),

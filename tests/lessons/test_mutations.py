@@ -1,81 +1,225 @@
 """A lesson whose code no longer does what it claims must fail in CI."""
 
-import shutil
+from __future__ import annotations
+
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nbformat
 import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
+from nbformat import NotebookNode
+
+if TYPE_CHECKING:
+    from .conftest import KernelIn
 
 ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+SETUP = "provider = connect("
 SANITIZE = ROOT / "tests" / "nbval.cfg"
 
-
-def run_nbval(notebook: Path) -> subprocess.CompletedProcess[str]:
-    options = ["-p", "no:cacheprovider", "-o", "addopts=", "--nbval", "-x", "-q"]
-    options += ["--nbval-cell-timeout=120", f"--nbval-sanitize-with={SANITIZE}"]
-    command = [sys.executable, "-m", "pytest", *options, str(notebook)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def mutated_copy(name: str, until: str, old: str, new: str, folder: Path) -> Path:
-    """Copy the notebook up to the cell that contains `until`, and change its code."""
-    shutil.copy(ROOT / "notebooks" / "prompts.txt", folder)
-    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    last = next(i for i, cell in enumerate(notebook.cells) if until in cell.source)
-    notebook.cells = notebook.cells[: last + 1]
-    for cell in notebook.cells:
-        if "article" not in cell.metadata.get("tags", []) and old in cell.source:
-            cell.source = cell.source.replace(old, new)
-            cell.metadata.tags = ["nbval-ignore-output"]  # only the check may fail
-    nbformat.write(notebook, folder / f"{name}.ipynb")
-    return folder / f"{name}.ipynb"
+# Makes a kernel as good as new, but keeps the imported modules and the stub.
+START_AGAIN = f"""\
+%reset -f
+import os
+from helpers import connect
+from llm_stub.settings import Settings
+os.chdir({str(NOTEBOOKS)!r})
+get_ipython().events.callbacks["pre_run_cell"].clear()
+connect(**Settings().model_dump()).ask("/_provider/reset", "POST")
+"""
 
 
-@pytest.mark.parametrize(
-    ("name", "claim", "old", "new"),
-    [
-        (
-            "02_use_a_thread_pool",
-            "two calls were in flight at once",
-            "ThreadPoolExecutor(max_workers=2)",
-            "ThreadPoolExecutor(max_workers=1)",
-        ),
-        (
-            "03_gather_coroutines",
-            "all twelve were in flight together",
-            "answers = await asyncio.gather(*[llm.ainvoke(p) for p in prompts])",
-            "answers = [await llm.ainvoke(p) for p in prompts]",
-        ),
-        (
-            "05_bound_what_is_in_flight",
-            "the semaphore held",
-            "asyncio.Semaphore(8)",
-            "asyncio.Semaphore(48)",
-        ),
-    ],
-)
+@dataclass
+class Mutation:
+    """A change to a lesson, and the claim that is false after it."""
+
+    lesson: str
+    claim: str
+    old: str
+    new: str
+    cells: tuple[str, ...] = ("",)
+    """Run the setup cell and those that contain one of these; by default all."""
+    without: tuple[str, ...] = ()
+    """Of these, don't run those that contain one of these."""
+
+
+MUTATIONS = [
+    Mutation(
+        "00_start_here",
+        "one by one: never two in flight",
+        "    for prompt in prompts:\n        llm.invoke(prompt)",
+        "    llm.batch(prompts)",
+    ),
+    Mutation(
+        "01_make_one_call",
+        "one call in flight at a time",
+        "[llm.invoke(prompt) for prompt in prompts]",
+        "chat.batch(prompts)",
+    ),
+    Mutation(
+        "02_use_a_thread_pool",
+        "two calls were in flight at once",
+        "as two:\n    with ThreadPoolExecutor(max_workers=2)",
+        "as two:\n    with ThreadPoolExecutor(max_workers=1)",
+    ),
+    Mutation(
+        "03_gather_coroutines",
+        "all twelve were in flight together",
+        "[llm.ainvoke(p) for p in prompts]",
+        "[asyncio.to_thread(llm.invoke, p) for p in prompts]",
+    ),
+    Mutation(
+        "04_choose_threads_or_asyncio",
+        "40 calls gathered, at most 32 in flight",
+        "[asyncio.to_thread(llm.invoke, q) for q in questions(40)]",
+        "[llm.ainvoke(q) for q in questions(40)]",
+        cells=("def questions", 'Timeline("to_thread")'),
+    ),
+    Mutation(
+        "05_bound_what_is_in_flight",
+        "the flood was hardly faster",
+        "jitter=0, capacity=8",
+        "jitter=0, capacity=48",
+    ),
+    Mutation(
+        "06_stay_under_the_rate_limit",
+        "and all others answered",
+        "answered = [r for r in results if",
+        "answered = [r for r in results[:0] if",
+    ),
+    Mutation(
+        "07_survive_failures",
+        "seven of nine were tried again",
+        "timeout=1.5, max_retries=1",
+        "timeout=1.5, max_retries=0",
+    ),
+    Mutation(
+        "08_stream_and_show_progress",
+        "the stream began in half the time",
+        "[chunk.content async for chunk in llm.astream(prompt)]",
+        "[(await llm.ainvoke(prompt)).content]",
+    ),
+    Mutation(
+        "10_finish_the_job_tomorrow",
+        "99 answers had come",
+        'launch("list.py", kill_after=99)',
+        'launch("list.py", kill_after=50)',
+    ),
+    Mutation(
+        "11_use_more_than_one_process",
+        "a fifth or less",
+        "gc.freeze()\nfrozen",
+        "frozen",
+        cells=("from langchain_openai", "import time", "def full_coll", "frozen <"),
+    ),
+    Mutation(
+        "12_let_the_provider_do_it",
+        "twelve lines took more than 2.5 seconds",
+        "batch_speed=4",
+        "batch_speed=400",
+    ),
+    Mutation(
+        "15_choose",
+        "workers: the same 48 answers",
+        "for name in here[1:]:\n    await score(name)",
+        "await score('workers')\nrows['workers']['answers'].reverse()",
+        without=("dask.close()", 'score("Batch API")'),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def kernel(kernel_in: KernelIn) -> Iterator[BlockingKernelClient]:
+    with kernel_in(NOTEBOOKS) as client:
+        yield client
+
+
+def run_cell(client: BlockingKernelClient, source: str) -> str:
+    """Execute a cell; return its error, or an empty text."""
+    message = client.execute(source, stop_on_error=False)
+    while True:
+        reply = client.get_shell_msg(timeout=120)
+        if reply["parent_header"]["msg_id"] == message:
+            error: str = reply["content"].get("evalue", "")
+            return error
+
+
+def cells_until(mutation: Mutation) -> list[str]:
+    """The code of the cells that the mutation runs, up to the one with the claim."""
+    path = NOTEBOOKS / f"{mutation.lesson}.ipynb"
+    sources = [
+        cell.source
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code"
+        and any(part in cell.source for part in (SETUP, *mutation.cells))
+        and not any(part in cell.source for part in mutation.without)
+    ]
+    _, _, claim = mutation.claim.rpartition(": ")  # what stands before may be computed
+    last = next(i for i, source in enumerate(sources) if claim in source)
+    return sources[: last + 1]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.lesson)
 def test_mutated_lesson_fails_at_its_claim(
-    name: str, claim: str, old: str, new: str, tmp_path: Path
+    mutation: Mutation, kernel: BlockingKernelClient
 ) -> None:
-    unchanged = mutated_copy(name, claim, old, old, tmp_path)
-    assert old in unchanged.read_text("utf-8").replace('\\"', '"')
+    cells = cells_until(mutation)
+    assert sum(cell.count(mutation.old) for cell in cells) == 1
+    cells = [cell.replace(mutation.old, mutation.new) for cell in cells]
 
-    result = run_nbval(mutated_copy(name, claim, old, new, tmp_path))
+    assert run_cell(kernel, START_AGAIN) == ""
+    errors = [run_cell(kernel, cell) for cell in cells]
 
-    assert result.returncode == 1
-    assert f"✗ {claim}" in result.stdout
+    assert set(errors[:-1]) == {""}
+    assert errors[-1].startswith(f"✗ {mutation.claim}\n")
 
 
-def test_output_edited_by_hand_fails(tmp_path: Path) -> None:
-    path = mutated_copy("00_start_here", "sys.version_info", "", "", tmp_path)
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells[-1].metadata.tags = []
-    nbformat.write(notebook, path)
-    assert run_nbval(path).returncode == 0
+def test_every_lesson_has_a_mutation() -> None:
+    lessons = [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    assert [mutation.lesson for mutation in MUTATIONS] == lessons
 
-    notebook.cells[-1].outputs[0].text = "Everything is fine.\n"
-    nbformat.write(notebook, path)
 
-    assert run_nbval(path).returncode == 1
+def test_nbval_fails_at_a_false_claim_and_at_an_output_edited_by_hand(
+    tmp_path: Path,
+) -> None:
+    def cell(source: str, stored: str) -> NotebookNode:
+        output = nbformat.v4.new_output("stream", name="stdout", text=stored)
+        cell: NotebookNode = nbformat.v4.new_code_cell(source, outputs=[output])
+        cell.execution_count = 1
+        return cell
+
+    cells = [
+        cell('from helpers import check\ncheck("2 is 2", 2 == 2)', "✓ 2 is 2\n"),
+        cell('check("2 is 2", 2 == 2)', "✓ 2 is 3\n"),
+        cell('check("2 is 2", 2 == 3)', "✓ 2 is 2\n"),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbformat.write(notebook, tmp_path / "lesson.ipynb")
+    options = ["-p", "no:cacheprovider", "-o", "addopts=", "--nbval", "-rA"]
+    options += [f"--nbval-sanitize-with={SANITIZE}", str(tmp_path)]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+    verdicts = [
+        line.split("lesson.ipynb::")
+        for line in done.stdout.splitlines()
+        if line.startswith(("PASSED ", "FAILED "))
+    ]
+    results = {cell: result.split()[0] for result, cell in verdicts}
+    assert results == {
+        "Cell 0": "PASSED",
+        "Cell 1": "FAILED",
+        "Cell 2": "FAILED",
+    }
+    assert done.returncode == 1

@@ -4,41 +4,22 @@ nbval and nbclient send one cell at a time, so they can't notice a queued cell
 that the kernel never runs.
 """
 
-import sys
+from __future__ import annotations
+
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from queue import Empty
+from typing import TYPE_CHECKING
 
 import nbformat
 import nbval.kernel
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
-from jupyter_client.manager import KernelManager
+
+if TYPE_CHECKING:
+    from .conftest import KernelIn
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-
-KernelIn = Callable[[Path], AbstractContextManager[BlockingKernelClient]]
-
-
-@pytest.fixture
-def kernel_in(kernel_manager: type[KernelManager]) -> KernelIn:
-    @contextmanager
-    def started(folder: Path) -> Iterator[BlockingKernelClient]:
-        manager = kernel_manager(kernel_name="python3")
-        manager.kernel_spec.argv[0] = sys.executable
-        manager.start_kernel(cwd=str(folder))
-        client = manager.blocking_client()
-        client.start_channels()
-        try:
-            client.wait_for_ready(timeout=60)
-            yield client
-        finally:
-            client.stop_channels()
-            manager.shutdown_kernel(now=True)
-
-    return started
 
 
 def replies(
@@ -62,7 +43,10 @@ def replies(
     return [statuses.get(message, "lost") for message in sent]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.runs_all(p.stem), id=p.stem) for p in NOTEBOOKS],
+)
 def test_run_all_answers_every_cell(path: Path, kernel_in: KernelIn) -> None:
     cells = [
         cell

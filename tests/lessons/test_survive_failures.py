@@ -31,7 +31,8 @@ def lesson() -> dict[str, Any]:
 
 @pytest.fixture
 def run_all(lesson: dict[str, Any]) -> Callable[..., Any]:
-    return lesson["run_all"]
+    function: Callable[..., Any] = lesson["run_all"]
+    return function
 
 
 class FakeAsk:

@@ -494,31 +494,37 @@ def test_odd_names_in_an_upload_never_cause_a_server_error(
 
 # Schemas
 
+
+def each(field: str, *values: Any, **others: Any) -> list[Json]:
+    """Schemas that differ in the value of one field."""
+    return [others | {field: value} for value in values]
+
+
 INVALID_SCHEMAS: list[Json] = [
-    *({"type": kind} for kind in (5, {}, [["string"]], ["string", []], "other", [])),
-    *({"properties": value} for value in (5, "a", {"a": 5})),
-    *({"required": value, "type": "object"} for value in (5, "a", [{}])),
-    *({"enum": value} for value in (5, "abc", {}, [])),
-    *({"anyOf": value} for value in (5, [], {"a": 1}, [5])),
-    *({"allOf": value} for value in (5, {"a": 1}, [5])),
-    *({"$ref": value} for value in (5, "", "#/$defs/a", "#/enum/0", "other.json")),
+    *each("type", 5, {}, [["string"]], ["string", []], "other", []),
+    *each("properties", 5, "a", {"a": 5}),
+    *each("required", 5, "a", [{}], type="object"),
+    *each("enum", 5, "abc", {}, []),
+    *each("anyOf", 5, [], {"a": 1}, [5]),
+    *each("allOf", 5, {"a": 1}, [5]),
+    *each("$ref", 5, "", "#/$defs/a", "#/enum/0", "other.json"),
     {"$ref": "https://example.com/schema.json"},
     {"$ref": "#"},
     {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
     {"$ref": "#/$defs/a", "$defs": 5},
-    *({"type": "array", "items": value} for value in (5, "a", [])),
-    *({"type": "array", "prefixItems": value} for value in (5, "a", {"a": {}}, [5])),
-    *({"type": "array", "minItems": value} for value in ("1", 1.5, None, [1])),
-    *({"type": "array", "maxItems": value} for value in ("1", -1)),
-    *({"type": "object", "minProperties": value} for value in ("1", [])),
-    *({"type": "string", "minLength": value} for value in ("1", 1.5, None)),
-    *({"type": "string", "maxLength": value} for value in ("1", -1)),
-    *({"type": "string", "format": value} for value in (["date"], {})),
-    *({"type": "number", "multipleOf": value} for value in ("1", 0, -1, math.nan)),
-    *({"type": "integer", "multipleOf": value} for value in (0, math.inf)),
-    *({"type": "number", "minimum": value} for value in ("1", None, math.inf)),
-    *({"type": "integer", "minimum": value} for value in (math.inf, math.nan)),
-    *({"type": "integer", "maximum": value} for value in (-math.inf, [])),
+    *each("items", 5, "a", [], type="array"),
+    *each("prefixItems", 5, "a", {"a": {}}, [5], type="array"),
+    *each("minItems", "1", 1.5, None, [1], type="array"),
+    *each("maxItems", "1", -1, type="array"),
+    *each("minProperties", "1", [], type="object"),
+    *each("minLength", "1", 1.5, None, type="string"),
+    *each("maxLength", "1", -1, type="string"),
+    *each("format", ["date"], {}, type="string"),
+    *each("multipleOf", "1", 0, -1, math.nan, type="number"),
+    *each("multipleOf", 0, math.inf, type="integer"),
+    *each("minimum", "1", None, math.inf, type="number"),
+    *each("minimum", math.inf, math.nan, type="integer"),
+    *each("maximum", -math.inf, [], type="integer"),
     {"const": math.nan},
     {"default": math.nan, "const": math.inf},
 ]
@@ -544,7 +550,7 @@ def schema_request(
     """The route and body of a call with a schema for its answer or for a tool."""
     function = {"name": "f", "parameters": schema, "strict": strict}
     named = {"name": "s", "schema": schema, "strict": strict}
-    route, body = {
+    requests: dict[str, tuple[str, Json]] = {
         "response_format": (
             "/v1/chat/completions",
             {"response_format": {"type": "json_schema", "json_schema": named}},
@@ -564,7 +570,8 @@ def schema_request(
             "/v1/responses",
             {"tools": [{"type": "function", **function}], "tool_choice": "required"},
         ),
-    }[place]
+    }
+    route, body = requests[place]
     field = "input" if route == "/v1/responses" else "messages"
     call = {"model": "m", field: [{"role": "user", "content": prompt}]}
     return route, json.dumps(call | body).encode()

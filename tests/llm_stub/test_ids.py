@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -222,10 +222,11 @@ def test_newest_files_and_batches_come_first(
     client: OpenAI, finished_batch: Callable[[], Batch]
 ) -> None:
     batches = [finished_batch() for _ in range(3)]
-    for listed, expected in [
+    cases: list[tuple[Iterable[Any], list[str]]] = [
         (client.batches.list(), [batch.id for batch in batches]),
         (client.files.list(purpose="batch"), [one.input_file_id for one in batches]),
-    ]:
+    ]
+    for listed, expected in cases:
         newest = list(listed)[:3]
         assert [one.id for one in newest] == expected[::-1]
         times = [one.created_at for one in newest]

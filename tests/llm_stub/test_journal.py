@@ -303,7 +303,11 @@ def test_every_step_of_an_attempt_is_a_change(step: str) -> None:
     entry = journal.arrive("GET /", 1)
     journal.arrive("GET /", 1)
     mark, _ = read_journal(journal)
-    options = {"describe": ["m", "Why?", False], "first_byte": [200], "end": []}
+    options: dict[str, list[Any]] = {
+        "describe": ["m", "Why?", False],
+        "first_byte": [200],
+        "end": [],
+    }
     getattr(journal, step)(entry, *options[step])
     head, attempts = read_journal(journal, changed=mark["changed"])
     assert attempts == [entry]

@@ -52,7 +52,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @contextlib.contextmanager
 def never_connected() -> Iterator[None]:
     """Act as if connect() was never called; restore the environment afterwards."""
-    never = {"_current": None, "_used": (0, 0)}
+    never: dict[str, Any] = {"_current": None, "_used": (0, 0)}
     with mock.patch.multiple(connection, **never), mock.patch.dict(os.environ):
         for name in list(os.environ):
             if name.startswith(("OPENAI_", "LLM_")) or name.lower().endswith("_proxy"):
@@ -937,8 +937,8 @@ def test_max_completion_tokens_is_repeated_for_upstreams_that_know_only_max_toke
     assert (body["max_tokens"], body["max_completion_tokens"]) == (70, 70)
 
 
-ODD_COUNTS = [None, True, False, 0, -1, 1, 2, 700, 2**31, 10**30, 0.5, 3.0, 1e300]
-ODD_COUNTS += ["100", "4000", "many", "", [], [5], {}]
+ODD_COUNTS: list[Any] = [None, True, False, 0, -1, 1, 2, 700, 2**31, 10**30, 0.5, 3.0]
+ODD_COUNTS += [1e300, "100", "4000", "many", "", [], [5], {}]
 ODD_NAMES = ["max_tokens", "max_completion_tokens", "max_output_tokens", "n"]
 ODD_NAMES += ["best_of", "Max_Tokens", "MAX_COMPLETION_TOKENS", "N"]
 ODD_TEXTS = st.text(max_size=20) | st.sampled_from(['\\"\n\x00', "空" * 50])
@@ -978,7 +978,7 @@ def most_tokens(kind: str, body: Json) -> int:
     if kind == "chat":
         limits += counts("max_completion_tokens")
     choices = max(counts("n", "best_of"), default=1)
-    prompt = body.get("prompt", body.get("input", body.get("messages")))
+    prompt: Any = body.get("prompt", body.get("input", body.get("messages")))
     if kind == "completion" and any(type(part) is not int for part in prompt):
         choices *= len(prompt) if isinstance(prompt, list) else 1
     return bytes_of_text(prompt) + max(limits) * choices

@@ -12,7 +12,7 @@ from openai.types import Completion
 from helpers.connection import Provider
 from llm_stub.plan import Pace, choose_fault, choose_pace
 from llm_stub.settings import Fault, Settings
-from tests.llm_stub.conftest import finished_attempts, without_ids
+from tests.llm_stub.conftest import Json, finished_attempts, without_ids
 
 PROMPTS = [f"What is {number} times {number}?" for number in range(500)]
 DEFAULTS = Settings()
@@ -116,7 +116,7 @@ def test_tails_of_two_requests_for_a_prompt_are_independent() -> None:
 def test_stub_gives_each_request_for_a_prompt_a_new_tail(
     provider: Provider, client: OpenAI
 ) -> None:
-    settings = {"first_token": 0.05, "per_token": 0, "jitter": 0, "tail": 1}
+    settings: Json = {"first_token": 0.05, "per_token": 0, "jitter": 0, "tail": 1}
     provider.configure(**settings)
     for _ in range(3):
         client.completions.create(model="m", prompt="Why?")
@@ -206,7 +206,7 @@ def test_faults_by_prompt_override_the_rates_even_after_the_last_entry() -> None
 def test_text_and_latency_do_not_depend_on_order_or_concurrency(
     provider: Provider, client: OpenAI
 ) -> None:
-    settings = {"first_token": 0.1, "per_token": 0, "jitter": 1}
+    settings: Json = {"first_token": 0.1, "per_token": 0, "jitter": 1}
     provider.configure(**settings)
 
     async def ask_concurrently(prompts: list[str]) -> list[Completion]:

@@ -138,7 +138,7 @@ def routes(upstream: str | None) -> list[Route]:
 def live_and_upstream() -> Iterator[list[Provider]]:
     with started_stub() as upstream:
         address = upstream.url.replace("//", "//user:password@")
-        variables = {"OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_BASE": ""}
+        variables: Json = {"OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_BASE": ""}
         with started_stub("--live", LLM_MODEL="", **variables) as live:
             yield [live, upstream]
 

@@ -197,7 +197,7 @@ def test_answer_over_the_token_limit_is_cut_with_finish_reason_length(
 ) -> None:
     whole = tokens(answer(SKY))
     for limit, reason in [(4, "length"), (len(whole), "stop"), (999, "stop")]:
-        body = endpoint(client, kind).create(**request_body(kind, **{name: limit}))
+        body = endpoint(client, kind).create(**request_body(kind) | {name: limit})
         assert text_of(body.choices[0]) == "".join(whole[:limit])
         assert body.choices[0].finish_reason == reason
         assert body.usage.completion_tokens == min(limit, len(whole))
@@ -217,7 +217,7 @@ def test_completion_without_a_token_limit_gets_16_tokens_and_a_chat_the_whole_an
 
 
 def test_chat_with_two_token_limits_gets_a_400(client: OpenAI) -> None:
-    limits = {"max_tokens": 9, "max_completion_tokens": 9}
+    limits: Json = {"max_tokens": 9, "max_completion_tokens": 9}
     with pytest.raises(openai.BadRequestError, match="at the same time"):
         client.chat.completions.create(**request_body("chat", **limits))
 
@@ -316,6 +316,7 @@ def test_models_can_be_listed_and_retrieved(client: OpenAI) -> None:
         raw = client.models.with_raw_response.retrieve(model.id)
         assert Model.model_validate_json(raw.text, strict=True) == model
         assert undocumented(model) == []
+        assert raw.request_id is not None
         assert raw.request_id.startswith("req_")
 
 

@@ -46,7 +46,7 @@ RATE_HEADERS = {
 Post = Callable[..., Any]
 
 
-def subclasses(kind: type) -> Iterator[str]:
+def subclasses(kind: type[ApiObject]) -> Iterator[str]:
     for one in kind.__subclasses__():
         yield one.__name__
         yield from subclasses(one)
@@ -432,7 +432,12 @@ def test_every_response_except_a_401_has_six_rate_headers(
     post: Post, provider: Provider, route: str, limits: Json
 ) -> None:
     provider.configure(**limits)
-    for changes, status in [({}, 200), ({"model": 5}, 400), ({"user": "a"}, 200)]:
+    cases: list[tuple[Json, int]] = [
+        ({}, 200),
+        ({"model": 5}, 400),
+        ({"user": "a"}, 200),
+    ]
+    for changes, status in cases:
         response = post(route, **changes)
         assert (response.status_code, rate_headers(response)) == (status, RATE_HEADERS)
     if route != EMBEDDING:
@@ -567,7 +572,7 @@ def nested(levels: int) -> Json:
 def test_strict_schema_that_openai_refuses_is_refused_even_if_it_is_not_used(
     post: Post, route: str, change: Json, words: str
 ) -> None:
-    other = {"name": "other", "parameters": STRICT | change}
+    other: Json = {"name": "other", "parameters": STRICT | change}
     tools = [function(route, "hello", parameters=STRICT, strict=True)]
     for tool_choice in ("none", "auto"):
         strict = function(route, **other, strict=True)
@@ -607,7 +612,7 @@ def chat_calls(client: OpenAI, **options: Any) -> list[list[BaseModel]]:
     """The calls in a complete answer, and in a stream that the SDK has assembled."""
     request: Any = {"messages": [{"role": "user", "content": QUESTION}], **options}
     request |= {"model": "m", "tools": FUNCTIONS}
-    found = [client.chat.completions.parse(**request)]
+    found: list[Any] = [client.chat.completions.parse(**request)]
     with client.chat.completions.stream(**request) as events:
         found.append(events.get_final_completion())
     assert {one.choices[0].finish_reason for one in found} == {"tool_calls"}
