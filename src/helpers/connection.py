@@ -25,7 +25,6 @@ _opener = urllib.request.build_opener(
     urllib.request.HTTPSHandler(context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)),
 )
 _current: "Provider | None" = None
-_used = (0, 0)  # calls and tokens of this process's earlier live stubs
 _lock = threading.Lock()  # held by the thread that is connecting
 
 
@@ -108,7 +107,6 @@ class Provider:
     def stop(self) -> None:
         """Stop the stub, if this process started it."""
         if self._own_process:
-            _remember_usage(self)
             self._own_process.terminate()
             self._own_process.wait()
 
@@ -118,7 +116,10 @@ class Provider:
         Raises ProviderError if the stub doesn't answer, and ValueError if it
         rejects the request.
         """
-        data = None if body is None else json.dumps(body).encode()
+        try:
+            data = None if body is None else json.dumps(body).encode()
+        except TypeError as error:
+            raise ValueError(f"{body!r:.200} can't be sent as JSON: {error}") from None
         try:
             request = urllib.request.Request(self.url + path, data, method=method)
             with _opener.open(request, timeout=10) as response:
@@ -183,13 +184,14 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     server at OPENAI_BASE_URL, or to OpenAI, with the key from OPENAI_API_KEY and
     the model from LLM_MODEL, which doesn't apply to embeddings. They are refused
     once `max_calls` or `max_tokens` is reached. A chat or response without a token
-    limit is sent with `max_answer_tokens`. The count goes on when you switch modes.
-    Child processes share it only if you call `connect(live=True)` before you start
-    them.
+    limit is sent with `max_answer_tokens`. These caps and the count stay when you
+    switch modes or stop the stub. Child processes share them if you call `connect`
+    before you start them.
 
     Raises ProviderError if the stub can't be started or reached, and ValueError
     for a setting that doesn't exist or is out of range. Even after an error, no
-    client calls another server: calls go to a running stub, or fail.
+    client calls another server: calls go to a running stub, or fail. The exceptions
+    are clients that your code points elsewhere, with `base_url` or `data_residency`.
     """
     with _lock:
         return _connect(live, settings)
@@ -198,8 +200,6 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
 def _connect(live: bool | None, settings: dict[str, Any]) -> Provider:
     global _current
     running = _running()
-    if running:  # its count goes on, even if this call fails
-        _remember_usage(running)
     # Until it is clear that live mode is wanted, no call may be forwarded.
     _point_clients_at(running if running and not running.live else None)
     environment.raise_file_limit()
@@ -264,21 +264,13 @@ def _running() -> Provider | None:
     return None
 
 
-def _remember_usage(stub: Provider) -> None:
-    """Before a live stub is left, remember what counts towards its caps."""
-    global _used
-    if stub.live and stub.exit_code is None:
-        with contextlib.suppress(ProviderError):
-            live = stub.ask("/_provider/stats")["live"]
-            _used = live["calls"], live["tokens"]
-
-
 def _reject_unusable_live_mode(url: str) -> None:
     """Raise ProviderError if live mode can't work in this environment."""
     if url:
         raise ProviderError(
             f"Live mode starts its own stub, but LLM_PROVIDER_URL is set to {url}. "
-            "Unset it, or start the stub there with --live and unset LLM_LIVE."
+            "Unset it. If the stub there was started with --live, leave it set, but "
+            "leave out live=True and unset LLM_LIVE."
         )
     for name in environment.unusable_headers():
         raise ProviderError(
@@ -315,7 +307,7 @@ def _start(earlier_url: str | None, live: bool) -> Provider:
         process = subprocess.Popen(
             [sys.executable, "-m", "llm_stub", "--port", port]
             + ["--parent", str(os.getpid())]
-            + ["--live", "--used", *map(str, _used)] * live,
+            + ["--live", "--count", environment.record().count] * live,
             env=environment.for_stub_process(live=live),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

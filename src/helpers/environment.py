@@ -4,13 +4,16 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import ssl
 import sys
+import tempfile
 import urllib.request
 from dataclasses import asdict, dataclass, field
 
 FILES_WANTED = 8192  # open files: one per connection, and macOS starts with 256
 ADDRESSES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # LangChain prefers the second
+BEDROCK = "AWS_BEDROCK_BASE_URL"  # where the SDK's Bedrock clients send calls
 KEY = "OPENAI_API_KEY"
 NO_KEY = "stub"  # the key for clients that require one
 NO_STUB = "http://127.0.0.1:9"  # an address without a server
@@ -40,6 +43,10 @@ UNWANTED_UNLESS_LIVE = (
     "LANGCHAIN_OPENAI_STREAM_CHUNK_TIMEOUT_S",  # the stub can be slow on purpose
 )
 
+NEVER_RESTORED = frozenset(
+    HEADERS + UNWANTED
+)  # only the names are recorded: some hold keys
+
 RECORD = "LLM_STUB_OF_PARENT"
 
 
@@ -50,6 +57,7 @@ class Record:
     url: str = ""  # where it pointed the clients, without /v1
     live: bool = False
     started_with: dict[str, str] | None = None  # None if connect() didn't start it
+    count: str = ""  # the file in which live mode counts what it uses
     own: dict[str, str] = field(default_factory=dict)  # the user's ADDRESSES
     aside: dict[str, str] = field(default_factory=dict)  # variables it removed
 
@@ -97,7 +105,8 @@ def for_stub_process(*, live: bool) -> dict[str, str]:
     hidden = {*ADDRESSES, KEY, RECORD}
     environ = {name: text for name, text in os.environ.items() if name not in hidden}
     if live:
-        environ |= record().aside | record().own
+        aside = {name: text for name, text in record().aside.items() if text}
+        environ |= aside | record().own
         if "SSLKEYLOGFILE" in record().aside:  # the stub couldn't even start with it
             del environ["SSLKEYLOGFILE"]
     return environ
@@ -112,28 +121,37 @@ def point_clients_at(
     would break clients, and records those as well.
     """
     environ, last = os.environ, record()
-    now = Record(url, live, started_with, last.own)
+    now = Record(url, live, started_with, last.count or _new_file(), last.own)
     replaced = f"{last.url}/v1"
     if any(environ.get(name) != replaced for name in ADDRESSES):  # set by the user
         found = {name: environ.get(name, "") for name in ADDRESSES}
         now.own = {name: at for name, at in found.items() if at not in ("", replaced)}
-    back = {
-        name: text
-        for name, text in last.aside.items()
-        if environ.get(name) in (None, NO_KEY)  # the user hasn't set it since
-    }
-    for name, text in {**environ, **back}.items():
+    for name, text in last.aside.items():
+        if environ.get(name) in (None, NO_KEY):  # the user hasn't set it since
+            if name in NEVER_RESTORED:
+                now.aside[name] = ""
+            else:
+                environ[name] = text
+    for name, text in [*environ.items()]:
         if _breaks_clients(name, text, live):
-            now.aside[name] = text
-            environ.pop(name, None)
-        elif name in back:
-            environ[name] = text
+            now.aside[name] = "" if name in NEVER_RESTORED else text
+            del environ[name]
     for name in ADDRESSES:
         environ[name] = f"{url}/v1"
+    # A live stub would forward the AWS token to another provider.
+    environ[BEDROCK] = f"{NO_STUB if live else url}/v1"
     environ[KEY] = environ.get(KEY) or NO_KEY
     environ.setdefault("LANGSMITH_TRACING", "false")
     environ[RECORD] = json.dumps(asdict(now))
     _bypass_proxies()
+
+
+def _new_file() -> str:
+    """A path for the count; empty if no file can be created. Only live mode does."""
+    with contextlib.suppress(OSError):
+        name = f"llm_stub_{secrets.token_hex(16)}.sqlite"
+        return os.path.join(tempfile.gettempdir(), name)  # noqa: PTH118
+    return ""
 
 
 def _breaks_clients(name: str, text: str, live: bool) -> bool:

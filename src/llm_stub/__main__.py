@@ -21,12 +21,10 @@ MAX_WAITING = 4096  # connections waiting to be accepted
 PARENT_POLL = 0.5  # seconds between checks of the parent
 
 
-async def serve(
-    port: int, parent: int | None, upstream: str | None, used: tuple[int, int]
-) -> int:
+async def serve(port: int, parent: int | None, upstream: str | None, count: str) -> int:
     """Serve until stopped or, if a parent is given, until the parent exits."""
     runner = web.AppRunner(
-        Server(upstream, os.environ.get("LLM_MODEL"), used).app(),
+        Server(upstream, os.environ.get("LLM_MODEL"), count).app(),
         handler_cancellation=True,
         shutdown_timeout=0.1,
     )
@@ -103,14 +101,15 @@ def main() -> int:
         help="forward calls to OPENAI_API_BASE, OPENAI_BASE_URL or OpenAI, up to a cap",
     )
     parser.add_argument(
-        "--used",
-        nargs=2,
-        type=int,
-        default=(0, 0),
-        metavar=("CALLS", "TOKENS"),
-        help="live mode's usage so far, which counts towards the caps",
+        "--count",
+        default=":memory:",
+        metavar="FILE",
+        help="where live mode keeps its count and its caps, to share them with other "
+        "stubs (default: nowhere)",
     )
     options = parser.parse_args()
+    if not 0 <= options.port <= 65_535:
+        parser.error(f"--port must be from 0 to 65535, not {options.port}")
     environ = os.environ
     names = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
     bases = {environ[name].rstrip("/") for name in names if environ.get(name)}
@@ -118,9 +117,7 @@ def main() -> int:
         parser.error(f"{' and '.join(names)} name different servers; unset one of them")
     upstream = min(bases, default=OPENAI) if options.live else None
     try:
-        return asyncio.run(
-            serve(options.port, options.parent, upstream, tuple(options.used))
-        )
+        return asyncio.run(serve(options.port, options.parent, upstream, options.count))
     except KeyboardInterrupt:
         return 0
 

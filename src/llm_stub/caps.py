@@ -4,7 +4,7 @@ Before a call is sent, we reserve the most tokens that it can use: one for each 
 of its body, plus the token limit of each answer. A call without a limit gets the one
 in the settings. We refuse a call whose tokens we can't bound. When the upstream
 reports the actual usage, that replaces the reservation. A call that never reached the
-upstream doesn't count.
+upstream doesn't count. The count and the caps are in a `Ledger`.
 """
 
 import math
@@ -17,6 +17,7 @@ from .api.completions import DEFAULT_MAX_TOKENS
 from .api.errors import ApiError, Json
 from .api.requests import encode
 from .journal import Attempt
+from .ledger import Ledger
 from .settings import Settings
 
 CHATS = "/v1/chat/completions"
@@ -100,8 +101,8 @@ class Reservation:
 class Caps:
     """Counts what the calls to an upstream use, and refuses calls over a cap."""
 
-    def __init__(self, host: str, calls: int = 0, tokens: int = 0) -> None:
-        self.calls, self.tokens = calls, tokens
+    def __init__(self, host: str, ledger: Ledger) -> None:
+        self._ledger = ledger
         self._host = host
         # The longest answer that exceeded its limit, and the most prompt tokens that
         # the upstream has counted beyond the body's bytes.
@@ -134,24 +135,23 @@ class Caps:
 
     def take(self, reserved: Reservation, settings: Settings) -> None:
         """Count the call and its reservation; ApiError 403 if it could exceed a cap."""
-        for name, cap, used, more in (
-            ("max_calls", settings.max_calls, self.calls, 1),
-            ("max_tokens", settings.max_tokens, self.tokens, reserved.tokens),
-        ):
-            if used + more > cap:
-                message = (
-                    f"Not sent: this call could exceed live mode's cap {name}={cap} "
-                    f"({used} used so far, and up to {more} for this call). To raise "
-                    f"the cap, run connect(live=True, {name}=…)."
-                )
-                raise ApiError(403, message, name, "live_cap", kind="live_cap")
-        self.calls += 1
-        self.tokens += reserved.tokens
+        caps = settings.max_calls, settings.max_tokens
+        if self._ledger.take(reserved.tokens, *caps):
+            return
+        calls, tokens = self._ledger.used
+        name, cap, used, more = "max_tokens", caps[1], tokens, reserved.tokens
+        if calls + 1 > caps[0]:
+            name, cap, used, more = "max_calls", caps[0], calls, 1
+        message = (
+            f"Not sent: this call could exceed live mode's cap {name}={cap} "
+            f"({used} used so far, and up to {more} for this call). To raise "
+            f"the cap, run connect(live=True, {name}=…)."
+        )
+        raise ApiError(403, message, name, "live_cap", kind="live_cap")
 
     def give_back(self, reserved: Reservation) -> None:
         """Undo `take` for a call that never reached the upstream."""
-        self.calls -= 1
-        self.tokens -= reserved.tokens
+        self._ledger.add(-1, -reserved.tokens)
 
     def settle(self, reserved: Reservation, entry: Attempt, status: int) -> None:
         """Replace the reservation with the call's usage, if the upstream reported it.
@@ -161,10 +161,10 @@ class Caps:
         for one that a gateway replaced with a 504.
         """
         if 400 <= status < 500:
-            self.tokens -= reserved.tokens
+            self._ledger.add(0, -reserved.tokens)
         elif entry.prompt_tokens:
-            self.tokens += entry.prompt_tokens + entry.completion_tokens
-            self.tokens -= reserved.tokens
+            used = entry.prompt_tokens + entry.completion_tokens
+            self._ledger.add(0, used - reserved.tokens)
             self._learn(reserved, entry)
         elif status < 400:
             entry.prompt_tokens = reserved.estimate

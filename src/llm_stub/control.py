@@ -39,6 +39,8 @@ class Control:
         if not isinstance(changes, dict):
             raise ValueError("the body must be a JSON object")
         self._state.change(changes)
+        if self._live and changes:
+            self._live.remember_caps()
         return await self.get_config(request)
 
     async def get_journal(self, request: web.Request) -> web.Response:

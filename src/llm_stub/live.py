@@ -35,6 +35,8 @@ from .api.requests import Generation
 from .caps import Caps, Reservation, usage
 from .faults import ConnectionBrokenError
 from .journal import Attempt
+from .ledger import Ledger
+from .settings import CAPS
 from .state import State
 
 OPENAI = "https://api.openai.com/v1"
@@ -49,6 +51,19 @@ HOP_BY_HOP = frozenset(
     """.split()
 )
 
+# Headers that aren't passed on, by prefix. With the upstream's, a web page could read
+# the answer, or a browser would keep cookies and rules for this machine.
+FROM_BROWSER = ("cookie", "origin", "referer", "sec-")
+FOR_BROWSER = (
+    "access-control-",
+    "alt-svc",
+    "clear-site-data",
+    "nel",
+    "report-to",
+    "set-cookie",
+    "strict-transport-security",
+)
+
 
 class RelayedResponse(web.StreamResponse):
     """The upstream's response, passed on with its own headers."""
@@ -58,7 +73,7 @@ class Live:
     """Forwards calls, counts what they use, and refuses calls over a cap."""
 
     def __init__(
-        self, upstream: str, model: str | None, used: tuple[int, int], state: State
+        self, upstream: str, model: str | None, ledger: Ledger, state: State
     ) -> None:
         try:
             url = URL(upstream.rstrip("/"))
@@ -68,14 +83,21 @@ class Live:
         self._login = BasicAuth.from_url(url, encoding="utf-8")
         self.upstream = url.with_user(None) if url.absolute else url
         self.model = model
-        self._caps = Caps(self.where, *used)
+        self._ledger = ledger
+        self._caps = Caps(self.where, ledger)
         self._state = state
+        state.change(ledger.caps)
         self._session: ClientSession | None = None
 
     @property
     def used(self) -> dict[str, int]:
         """Calls and tokens counted so far."""
-        return {"calls": self._caps.calls, "tokens": self._caps.tokens}
+        calls, tokens = self._ledger.used
+        return {"calls": calls, "tokens": tokens}
+
+    def remember_caps(self) -> None:
+        """Keep the caps for the stubs that share the ledger and start later."""
+        self._ledger.caps = self._state.settings.model_dump(include={*CAPS})
 
     @property
     def where(self) -> str:
@@ -83,9 +105,10 @@ class Live:
         return self.upstream.host or self._address.rpartition("@")[2]
 
     async def close(self, app: web.Application | None = None) -> None:
-        """Close the connections."""
+        """Close the connections and the ledger."""
         if self._session:
             await self._session.close()
+        self._ledger.close()
 
     def not_forwarded(self, request: web.Request) -> ApiError:
         """404 for a route that live mode doesn't forward."""
@@ -141,7 +164,7 @@ class Live:
     ) -> web.StreamResponse:
         """Pass the answer on, chunk by chunk, and record its usage."""
         response = RelayedResponse(status=answer.status, reason=answer.reason)
-        response.headers.extend(_passed(answer.headers))
+        response.headers.extend(_passed(answer.headers, *FOR_BROWSER))
         if reserved.limit_set:
             response.headers["x-live-max-tokens"] = str(reserved.limit_set)
         response.content_length = answer.content_length
@@ -182,7 +205,7 @@ class Live:
                 auto_decompress=False,
                 trace_configs=[trace],
             )
-        headers = _passed(request.headers)
+        headers = _passed(request.headers, *FROM_BROWSER)
         headers["accept-encoding"] = "identity"  # otherwise we can't read its usage
         headers.popall("content-encoding", None)  # the body is decompressed by now
         if self._login:
@@ -212,7 +235,8 @@ class Live:
             raise self._unreached(502, str(error.os_error)) from None
         except Exception as error:  # its text could contain the key
             raise self._unreached(502, type(error).__name__) from None
-        if "location" in answer.headers:  # a client would follow it and bypass the cap
+        # A client would follow it and bypass the cap.
+        if 300 <= answer.status < 400 and "location" in answer.headers:
             answer.close()
             message = (
                 f"The upstream {self.where} redirects with status {answer.status}. "
@@ -275,8 +299,10 @@ def last_prompt(body: Json) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _passed(headers: Any) -> CIMultiDict[str]:
-    kept = CIMultiDict(headers)
-    for name in HOP_BY_HOP.intersection(name.lower() for name in headers):
-        kept.popall(name)
-    return kept
+def _passed(headers: Any, *without: str) -> CIMultiDict[str]:
+    """The headers that are passed on: not those of a connection, nor these prefixes."""
+    return CIMultiDict(
+        (name, text)
+        for name, text in headers.items()
+        if name.lower() not in HOP_BY_HOP and not name.lower().startswith(without)
+    )

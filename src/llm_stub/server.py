@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,6 +20,7 @@ from .faults import ConnectionBrokenError
 from .files import Files
 from .generate import generate
 from .journal import Attempt
+from .ledger import Ledger
 from .live import Live, RelayedResponse
 from .plan import plan
 from .state import State
@@ -39,18 +41,20 @@ warnings.simplefilter("ignore", aiohttp.BadContentDispositionParam)
 class Server:
     """The stub: OpenAI's routes, answered from a table with a configurable latency.
 
-    With an `upstream`, calls are forwarded there instead. `used` is how many calls
-    and tokens count towards the caps from the start.
+    With an `upstream`, calls are forwarded there instead, and counted in the ledger
+    at `count`; without that, in one of its own.
     """
 
     def __init__(
         self,
         upstream: str | None = None,
         model: str | None = None,
-        used: tuple[int, int] = (0, 0),
+        count: str = ":memory:",
     ) -> None:
         self._state = State()
-        self._live = Live(upstream, model, used, self._state) if upstream else None
+        self._live = (
+            Live(upstream, model, Ledger(count), self._state) if upstream else None
+        )
 
     def app(self) -> web.Application:
         """The aiohttp application with all routes."""
@@ -264,6 +268,8 @@ class Connection(web.RequestHandler):
         if status >= 500:
             return super().handle_error(request, status, exc, message)
         text = " ".join((message or "The request could not be read.").split())
+        # What aiohttp quotes from a header may be a key.
+        text = re.sub(r": b(['\"]).*", ".", text)
         response = error_response(ApiError(status, text))
         response.force_close()
         return response

@@ -35,6 +35,9 @@ def _at_most_one(rates: dict[Fault, float]) -> dict[Fault, float]:
     return rates
 
 
+CAPS = ("max_calls", "max_tokens", "max_answer_tokens")  # live mode's settings
+
+
 class Settings(BaseModel):
     """How the stub behaves. A change applies to requests that arrive after it."""
 

@@ -27,8 +27,7 @@ PROMPT = "Hello how are you?"
 @contextlib.contextmanager
 def never_connected() -> Iterator[None]:
     """As if this process had never called connect(); undoes changes afterwards."""
-    never: dict[str, Any] = {"_current": None, "_used": (0, 0)}
-    with mock.patch.multiple(connection, **never), mock.patch.dict(os.environ):
+    with mock.patch.object(connection, "_current", None), mock.patch.dict(os.environ):
         for name in list(os.environ):
             if name.startswith(("LLM_", "OPENAI_", "LANGSMITH_")) or (
                 name.lower().endswith("_proxy")

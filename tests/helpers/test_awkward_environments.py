@@ -761,3 +761,55 @@ def test_variable_that_the_user_has_corrected_is_used(connected: Provider) -> No
     connect()
     assert os.environ["ALL_PROXY"] == NOWHERE
     assert ask_openai()
+
+
+# Bedrock, which the openai SDK can also call
+
+BEDROCK = """
+import json, openai
+{early}
+from helpers import connect
+try:
+    connect({arguments})
+except ValueError:
+    pass
+client = {client}(max_retries=0)
+try:
+    message = [dict(role="user", content="Hi")]
+    answer = client.chat.completions.create(model="m", messages=message)
+    print(json.dumps(answer.choices[0].message.content))
+except openai.APIConnectionError:
+    print(json.dumps("not reached"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reached"), [("", True), ("typo=1", True), ("live=True", False)]
+)
+def test_bedrock_clients_reach_the_stub_or_nothing(
+    upstream: str, arguments: str, reached: bool
+) -> None:
+    os.environ |= {"AWS_REGION": "us-east-1", "AWS_BEARER_TOKEN_BEDROCK": "secret"}
+    script = {"early": "", "client": "openai.BedrockOpenAI", "arguments": arguments}
+    answer = run_script(BEDROCK.format(**script))
+    assert (answer != "not reached") == reached
+    assert stats(upstream)["requests"] == 0
+
+
+def test_module_client_that_is_set_to_bedrock_reaches_the_stub(upstream: str) -> None:
+    os.environ |= {"AWS_REGION": "us-east-1", "AWS_BEARER_TOKEN_BEDROCK": "secret"}
+    os.environ["OPENAI_API_TYPE"] = "amazon-bedrock"
+    early = "openai.api_type  # read before connect() can unset it"
+    module = "(lambda **options: openai)"
+    script = {"early": early, "client": module, "arguments": ""}
+    assert run_script(BEDROCK.format(**script)) != "not reached"
+
+
+def test_keys_are_not_copied_to_another_variable() -> None:
+    os.environ |= {
+        "AZURE_OPENAI_API_KEY": "secret-1",
+        "AZURE_OPENAI_AD_TOKEN": "secret-2",
+    }
+    os.environ["OPENAI_API_KEY"] = "secret-3\n"
+    connect()
+    assert not [name for name, text in os.environ.items() if "secret-" in text]

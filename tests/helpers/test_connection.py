@@ -526,3 +526,21 @@ def test_notebook_says_that_its_stub_was_killed_and_how_to_restart_it(
     )
     assert again.stdout.split() == [url, "1"]
     assert (again.stderr, again.error) == ("", "")
+
+
+def test_setting_that_is_no_json_is_a_value_error_that_names_it(
+    provider: Provider,
+) -> None:
+    with pytest.raises(ValueError, match=r"'seed': <object .* can't be sent as JSON"):
+        provider.configure(seed=object())
+
+
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_port_out_of_range_is_rejected_with_a_message(port: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_stub", "--port", port],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert f"--port must be from 0 to 65535, not {port}" in done.stderr

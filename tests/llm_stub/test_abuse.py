@@ -1163,3 +1163,37 @@ def test_journal_since_a_huge_number_is_empty(stub: StubProcess) -> None:
 def test_reset_ignores_its_body(stub: StubProcess) -> None:
     response = stub.post("/_provider/reset", b"\xff" * 1000)
     assert response.status == 200
+
+
+def test_key_is_not_repeated_in_the_message_for_a_malformed_header(
+    stub: StubProcess,
+) -> None:
+    for rest in "x" * 9000, "\x01":
+        with socket.create_connection(stub.address, timeout=10) as to_stub:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            head += f"Authorization: Bearer sk-SECRET{rest}\r\n\r\n"
+            to_stub.sendall(head.encode())
+            answer = to_stub.makefile("rb").read()
+        assert b" 400 " in answer
+        assert b"SECRET" not in answer
+
+
+LARGE = {
+    "minProperties": object_with(a={"type": "object", "minProperties": 10**9}),
+    "uniqueItems": object_with(
+        a={
+            "type": "array",
+            "minItems": 9000,
+            "uniqueItems": True,
+            "items": {"type": "integer"},
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("schema", LARGE.values(), ids=LARGE)
+def test_large_schema_holds_up_no_other_call(stub: StubProcess, schema: Json) -> None:
+    begun = time.monotonic()
+    answer = stub.post(*schema_request("response_format", schema))
+    assert answer.status in (200, 400)
+    assert time.monotonic() - begun < 3

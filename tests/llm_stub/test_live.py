@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,8 +53,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @contextlib.contextmanager
 def never_connected() -> Iterator[None]:
     """Act as if connect() was never called; restore the environment afterwards."""
-    never: dict[str, Any] = {"_current": None, "_used": (0, 0)}
-    with mock.patch.multiple(connection, **never), mock.patch.dict(os.environ):
+    with mock.patch.object(connection, "_current", None), mock.patch.dict(os.environ):
         for name in list(os.environ):
             if name.startswith(("OPENAI_", "LLM_")) or name.lower().endswith("_proxy"):
                 del os.environ[name]
@@ -614,8 +614,6 @@ def test_status_headers_and_error_object_are_forwarded_unchanged(
         ("x-ratelimit-reset-tokens", "6m0s"),
         ("retry-after", "20"),
         ("retry-after-ms", "20000"),
-        ("set-cookie", "a=1"),
-        ("set-cookie", "b=2"),
         ("server", "upstream"),
     ]
     error = {"message": "No.", "type": "t", "param": "p", "code": "c"}
@@ -627,6 +625,32 @@ def test_status_headers_and_error_object_are_forwarded_unchanged(
     )
     assert set(headers) <= set(expected[-1])
     assert via_live == expected
+
+
+def test_headers_with_which_a_web_page_could_read_answers_are_not_passed_on(
+    faked: Faked,
+) -> None:
+    for_browser = [
+        ("access-control-allow-origin", "*"),
+        ("access-control-allow-credentials", "true"),
+        ("access-control-expose-headers", "*"),
+        ("access-control-allow-private-network", "true"),
+        ("set-cookie", "a=1"),
+        ("alt-svc", 'h3=":443"'),
+        ("strict-transport-security", "max-age=1"),
+    ]
+    faked.upstream.respond = respond_with(chat_body("Hi."), headers=for_browser)
+    from_browser = {"origin": "http://localhost:3000", "cookie": "login=secret"}
+    from_browser |= {"referer": "http://localhost:3000/", "sec-fetch-mode": "cors"}
+
+    answer = CALLS["chat"](
+        faked.client.with_options(default_headers=from_browser).with_raw_response
+    )
+
+    assert answer.status_code == 200
+    assert not {name for name, _ in for_browser} & {*answer.headers}
+    [request] = faked.upstream.received
+    assert not {*from_browser} & {*request["headers"]}
 
 
 def test_compressed_request_is_forwarded_uncompressed(faked: Faked) -> None:
@@ -1441,6 +1465,17 @@ def test_redirect_gives_a_502_because_following_it_would_bypass_the_cap(
         CALLS["chat"](faked.client)
 
 
+@pytest.mark.parametrize("status", [200, 201])
+def test_answer_with_a_location_that_is_no_redirect_is_passed_on(
+    faked: Faked, status: int
+) -> None:
+    location = {"location": "http://127.0.0.1:9/v1/chat/completions/1"}
+    faked.upstream.respond = respond_with(
+        chat_body("Hi."), status=status, headers=location
+    )
+    assert CALLS["chat"](faked.client).choices[0].message.content == "Hi."
+
+
 def test_connection_reset_upstream_gives_a_502_and_is_not_retried(
     client: OpenAI, live: Provider, upstream: Provider
 ) -> None:
@@ -1723,49 +1758,113 @@ def ask_upstream() -> None:
         CALLS["chat"](client)
 
 
-def test_count_goes_on_when_the_mode_is_switched(upstream: Provider) -> None:
+@pytest.fixture
+def own_address(upstream: Provider) -> str:
+    """Live mode forwards to this address."""
     os.environ |= {"OPENAI_BASE_URL": f"{upstream.url}/v1", "OPENAI_API_KEY": SECRET}
-    for _ in range(2):
-        connect(live=True, max_calls=2)
-        ask_upstream()
-        connect(live=False)
-    provider = connect(live=True, max_calls=2)
+    return upstream.url
+
+
+# What a process or its parent did before, other than making a call.
+LIVE, STUB = "connect(live=True)", "connect(live=False)"
+VISITS = {
+    "live": [LIVE],
+    "to stub mode": [STUB, LIVE],
+    "live, then to stub mode": [LIVE, STUB, LIVE],
+    "failing": [
+        LIVE,
+        "try: connect(live=False, typo=1)\nexcept ValueError: pass",
+        LIVE,
+    ],
+    "stop": [LIVE + ".stop()", LIVE],
+    "kill": [LIVE + "._process.kill()", LIVE],
+}
+CHILD = """
+import openai
+from helpers import connect
+{visits}
+for _ in range(3):
+    try:
+        openai.OpenAI(max_retries=0).embeddings.create(model="m", input="a")
+    except openai.PermissionDeniedError as error:
+        assert error.code == "live_cap"
+    else:
+        print("answered")
+"""
+
+
+def calls_of_a_child(visits: list[str]) -> int:
+    """How many of three calls are answered in a child that connects like this."""
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD.format(visits="\n".join(visits))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return child.stdout.count("answered")
+
+
+@pytest.mark.parametrize("visits", VISITS.values(), ids=VISITS)
+def test_cap_and_count_stay_whatever_happens_to_the_stub(
+    own_address: str, upstream: Provider, visits: list[str]
+) -> None:
+    connect(live=True, max_calls=2, max_answer_tokens=40)
+    ask_upstream()
+    exec("\n".join(visits), {"connect": connect})
+    ask_upstream()
     with pytest.raises(openai.PermissionDeniedError, match="max_calls=2"):
         ask_upstream()
-    assert usage_so_far(provider)["calls"] == request_count(upstream) == 2
+    live = connection.current()
+    assert usage_so_far(live)["calls"] == request_count(upstream) == 2
+    assert live.configure()["max_answer_tokens"] == 40
 
 
-@pytest.mark.parametrize("how", ["stop", "other mode"])
-def test_count_goes_on_in_a_child_that_leaves_its_parents_stub(
-    upstream: Provider, how: str
+@pytest.mark.parametrize(
+    "visits", [VISITS[how] for how in VISITS if how not in ("stop", "kill")], ids=str
+)
+@pytest.mark.parametrize("parent", [LIVE, STUB])
+def test_children_share_the_cap_and_the_count_of_their_parent(
+    own_address: str, upstream: Provider, parent: str, visits: list[str]
 ) -> None:
-    os.environ |= {"OPENAI_BASE_URL": f"{upstream.url}/v1", "OPENAI_API_KEY": SECRET}
-    provider = connect(live=True, max_calls=1)
+    connect(live=True, max_calls=4)
     ask_upstream()
-    if how == "stop":
-        provider.stop()
-        connect(live=True, max_calls=1)
-        with pytest.raises(openai.PermissionDeniedError, match="max_calls=1"):
-            ask_upstream()
-        return
-    script = (
-        "import openai\n"
-        "from helpers import connect\n"
-        "connect(live=True)\n"
-        "try:\n"
-        "    connect(live=False, typo=1)\n"
-        "except ValueError:\n"
-        "    pass\n"
-        "connect(live=True, max_calls=1)\n"
-        "try:\n"
-        "    openai.OpenAI(max_retries=0).embeddings.create(model='m', input='a')\n"
-        "except openai.PermissionDeniedError as error:\n"
-        "    print(error.code)\n"
-    )
-    child = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert child.stdout.strip() == "live_cap"
+    exec(parent, {"connect": connect})
+    answered = [calls_of_a_child(visits) for _ in range(2)]
+    connect(live=True)
+    with pytest.raises(openai.PermissionDeniedError, match="max_calls=4"):
+        ask_upstream()
+    assert answered == [3, 0]
+    assert request_count(upstream) == 4
+
+
+def test_children_of_a_parent_in_stub_mode_share_one_count(
+    own_address: str, upstream: Provider
+) -> None:
+    connect()
+    visits = ["connect(live=True, max_calls=4)"]
+    assert [calls_of_a_child(visits) for _ in range(2)] == [3, 1]
+    assert request_count(upstream) == 4
+
+
+def test_stubs_at_the_same_time_share_one_count(
+    own_address: str, upstream: Provider, tmp_path: Path
+) -> None:
+    options = "--live", "--count", str(tmp_path / "count")
+    with started_by_hand(*options) as one, started_by_hand(*options) as other:
+        for stub in one, other:
+            stub.configure(max_calls=50)
+        clients = [OpenAI(base_url=f"{s.url}/v1", max_retries=0) for s in (one, other)]
+
+        def answered(client: OpenAI) -> bool:
+            with contextlib.suppress(openai.PermissionDeniedError):
+                CALLS["chat"](client)
+                return True
+            return False
+
+        with ThreadPoolExecutor(16) as executor:
+            done = list(executor.map(answered, clients * 40))
+
+    assert sum(done) == request_count(upstream) == 50
 
 
 @pytest.mark.parametrize("settings", [{"max_tokens": -1}, {"maxcalls": 1}], ids=str)

@@ -1052,3 +1052,26 @@ def test_response_echoes_the_options_of_the_request(
     for name, value in options.items():
         echoed = body.get(name)
         assert echoed == ({**echoed, **value} if isinstance(value, dict) else value)
+
+
+def test_tokens_of_all_answers_count_even_if_only_the_best_are_returned(
+    client: OpenAI,
+) -> None:
+    call: dict[str, Any] = {"model": "m", "prompt": "Why is the sky blue?", "n": 2}
+    one = client.completions.create(**call)
+    best = client.completions.create(**call, best_of=6)
+    assert len(best.choices) == 2
+    assert one.usage
+    assert best.usage
+    assert best.usage.completion_tokens == 3 * one.usage.completion_tokens
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_limit_above_the_models_own_is_refused_in_openais_words(
+    client: OpenAI, name: str
+) -> None:
+    limits: dict[str, Any] = {name: 10_000_000}
+    with pytest.raises(openai.BadRequestError, match=f"{name} is too large: 10000000"):
+        client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "Hi"}], **limits
+        )

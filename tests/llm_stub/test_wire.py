@@ -342,7 +342,6 @@ INVALID_FIELDS: list[tuple[str, Json, str, str]] = [
     ("completion", {"model": 5}, "model", TYPE),
     ("completion", {"prompt": ...}, "prompt", MISSING),
     ("completion", {"prompt": 5}, "prompt", TYPE),
-    ("completion", {"prompt": None}, "prompt", TYPE),
     ("completion", {"prompt": ["a", 5]}, "prompt", VALUE),
     ("completion", {"prompt": [1, 2]}, "prompt", VALUE),
     ("completion", {"prompt": []}, "prompt", VALUE),

@@ -126,8 +126,28 @@ RESPONSE_INPUTS = (
         said("user", "text"),
         said("user", "output_text"),
         said("assistant", "input_text"),
+        [{"role": "user", "content": [{"type": "input_text"}]}],
+        [{"role": "assistant", "content": [{"type": "refusal", "text": "a"}]}],
     ],
     [said("user", "input_text"), said("assistant", "output_text")],
+)
+SILENT: Json = {"role": "assistant", "content": None}
+CHAT_CONTENTS = (
+    [
+        [{"role": "user", "content": []}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "assistant", "content": [{"type": "refusal", "text": "a"}]}],
+        [{"role": "user", "content": None}],
+        [SILENT],
+    ],
+    [
+        [{"role": "user", "content": [{"type": "text", "text": ""}]}],
+        [{"role": "assistant", "content": [{"type": "refusal", "refusal": "a"}]}],
+        [
+            SILENT | {"function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "a"},
+        ],
+    ],
 )
 # Routes, parameter, values that are refused, values that are accepted.
 VALUES: list[tuple[list[str], str, list[Any], list[Any]]] = [
@@ -139,10 +159,14 @@ VALUES: list[tuple[list[str], str, list[Any], list[Any]]] = [
     (CHOICES, "n", [0, 129, "1", 1.5], [1, 128]),
     (CHOICES, "seed", ["1", 1.5, 2**63, -(2**63) - 1], [1, -1, 2**63 - 1]),
     (CHOICES, "stop", [LETTERS, 5], [LETTERS[:4], "a", None]),
-    (CHOICES, "max_tokens", [0, -1, "1"], [1, 10**9]),
+    (CHOICES, "max_tokens", [0, -1, "1", 2**31], [1, 10_000]),
     ([COMPLETION], "prompt", [[1, 2], [[1]], ["a", 1]], ["a", ["a", "b"]]),
     ([COMPLETION], "logprobs", [1, 5], [None]),
     ([COMPLETION], "best_of", [0, 21], [1, 20]),
+    ([COMPLETION], "prompt", [{}, 5], [None, ""]),
+    ([CHAT], "messages", *CHAT_CONTENTS),
+    (TALKS, "prompt_cache_retention", ["5h", 5], ["in_memory", "24h", None]),
+    ([RESPONSE], "include", ["x", 5], [[], ["message.output_text.logprobs"]]),
     ([COMPLETION], "echo", [True], [False]),
     ([CHAT], "logprobs", [True], [False]),
     ([CHAT], "max_completion_tokens", [0], [1]),

@@ -8,7 +8,17 @@ from pydantic import Field, model_validator
 from ..answers import answer
 from .completions import Penalties, WithChoices
 from .errors import ApiError, Json
-from .requests import ApiObject, Choice, Conversation, Effort, Limit, Name, cut
+from .requests import (
+    MAX_PROMPT_TOKENS,
+    ApiObject,
+    Choice,
+    Conversation,
+    Effort,
+    Limit,
+    Name,
+    TextPart,
+    cut,
+)
 from .schema import Schema, check_schema, json_object, json_text
 from .tools import (
     Function,
@@ -55,11 +65,10 @@ class Format(ApiObject):
         return self
 
 
-class Part(ApiObject):
+class Part(TextPart):
     """A text part of a message; the stub accepts no other kind."""
 
     type: Literal["text", "refusal"]
-    text: str = ""
 
 
 class Arguments(ApiObject):
@@ -81,8 +90,9 @@ class Message(ApiObject):
     """One message of a chat."""
 
     role: Role
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(min_length=1)] | None = None
     name: str | None = None
+    function_call: Arguments | None = None  # the older form of tool_calls
     tool_calls: Annotated[list[Called], Field(min_length=1)] | None = None
     tool_call_id: str | None = None
 
@@ -90,7 +100,8 @@ class Message(ApiObject):
     def _has_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message with role '{self.role}' needs 'content'")
-        if self.role == "assistant" and self.content is None and not self.tool_calls:
+        calls = self.tool_calls or self.function_call
+        if self.role == "assistant" and self.content is None and not calls:
             raise ValueError("a message with role 'assistant' needs 'content'")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message with role 'tool' needs 'tool_call_id'")
@@ -137,6 +148,15 @@ class Chat(Conversation, Penalties, WithChoices):
         return self
 
     def check(self) -> None:
+        for name in ("max_tokens", "max_completion_tokens"):
+            given = getattr(self, name) or 0
+            if given > MAX_PROMPT_TOKENS:
+                message = (
+                    f"{name} is too large: {given}. This model supports at most "
+                    f"{MAX_PROMPT_TOKENS} completion tokens, whereas you provided "
+                    f"{given}."
+                )
+                raise ApiError(400, message, name, "invalid_value")
         if self.tool_choice is not None and not self.tools:
             message = "'tool_choice' is only allowed when 'tools' are specified."
             raise ApiError(400, message, "tool_choice")

@@ -10,6 +10,7 @@ from ..answers import answer
 from .errors import ApiError, Json, context_length_exceeded
 from .requests import (
     CREATED,
+    MAX_PROMPT_TOKENS,
     ApiObject,
     Choice,
     Generation,
@@ -137,7 +138,7 @@ class Completion(Penalties, WithChoices):
 
     PREFIX, KIND, KIND_OF_EVENT = "cmpl", "text_completion", "text_completion"
 
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: str | Annotated[list[str], Field(min_length=1)] | None
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
 
     @field_validator("prompt", mode="before")
@@ -159,7 +160,20 @@ class Completion(Penalties, WithChoices):
 
     @cached_property
     def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if isinstance(self.prompt, list):
+            return self.prompt
+        return [self.prompt or ""]
+
+    @cached_property
+    def completion_tokens(self) -> int:
+        """Tokens in all answers, also in those that are not among the best."""
+        returned = sum(len(choice.tokens) for choice in self.choices)
+        made, kept = self.best_of or self.n or 1, self.n or 1
+        return returned * made // kept
+
+    def check(self) -> None:
+        if self.limit > MAX_PROMPT_TOKENS:
+            raise self.context_length_exceeded(MAX_PROMPT_TOKENS, self.prompt_tokens)
 
     @property
     def limit(self) -> int:

@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import to_json
 
@@ -32,7 +33,7 @@ CHARACTERS_PER_TOKEN = 4
 MAX_ANSWERS = 2048  # choices, or vectors, in one call
 CREATED = 1_767_225_600  # the time of every answer: the start of 2026
 _random = random.Random()  # asking the system for each id would be slower
-Limit = Annotated[int, Field(ge=1)]
+Limit = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = str | Annotated[list[str], Field(max_length=4)]
 
 # The names of functions and schemas: at most 64 letters, digits, _ and -.
@@ -65,6 +66,21 @@ class ApiObject(BaseModel):
     """An object of the API; fields that aren't declared are ignored."""
 
     model_config = ConfigDict(strict=True)
+
+
+class TextPart(ApiObject):
+    """A part of a message's content. The text of a refusal is no part of the prompt."""
+
+    type: str
+    text: str = ""
+    refusal: str = ""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        needed = "refusal" if self.type == "refusal" else "text"
+        if needed not in self.model_fields_set:
+            raise ValueError(f"a part of type '{self.type}' needs '{needed}'")
+        return self
 
 
 ObjectT = TypeVar("ObjectT", bound=ApiObject)
@@ -230,6 +246,7 @@ class Conversation(Generation):
         Literal["auto", "default", "flex", "scale", "priority", "fast"] | None
     ) = None
     store: bool | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
 
     @property
     def tier(self) -> str:
@@ -281,11 +298,9 @@ def parse(kind: type[ObjectT], raw: bytes) -> ObjectT:
             message = "The body could not be parsed: it isn't a JSON object."
             raise ApiError(400, message)
         case "literal_error" | "union_tag_invalid":
-            message = (
-                f"Invalid value for '{param}': {reason}. The stub supports no other "
-                "value."
-            )
-            code = "invalid_value"
+            message, code = f"Invalid value for '{param}': {reason}.", "invalid_value"
+            if param.endswith("type"):  # OpenAI may have others
+                message += " The stub supports no other value."
         case kind_of if kind_of.endswith("_type"):
             message = f"Invalid type for '{param}': {reason}."
             code = "invalid_type"

@@ -17,6 +17,7 @@ from .requests import (
     FunctionCall,
     Name,
     StreamOptions,
+    TextPart,
     cut,
     server_sent_event,
 )
@@ -36,11 +37,10 @@ InputText = Literal["input_text"]
 OutputText = Literal["output_text", "refusal"]
 
 
-class Part(ApiObject):
+class Part(TextPart):
     """A text part of an item; the stub accepts no other kind."""
 
     type: InputText | OutputText | Literal["reasoning_text", "summary_text"]
-    text: str = ""
 
 
 class Item(ApiObject):
@@ -159,6 +159,7 @@ class Response(Conversation):
     reasoning: Reasoning | None = None
     stream_options: ResponseStreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
+    include: list[str] | None = None
 
     def check(self) -> None:
         """Raise ApiError 400 for an invalid schema, or a call without a result."""

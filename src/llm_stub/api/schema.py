@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Iterator, Set
 from fractions import Fraction
+from itertools import chain
 from types import NoneType
 from typing import Annotated, Any
 
@@ -258,6 +259,7 @@ class _Builder:
         self.texts = [text for _, text in QUOTED_TEXT.findall(prompt)]
         self.values = 0
         self.avoided: list[Any] = []  # the earlier items of an array of unique items
+        self.taken: Set[float] = frozenset()  # the numbers among them
         self.open_references: list[str] = []
 
     def build(self, schema: Any, name: str) -> Any:
@@ -304,8 +306,11 @@ class _Builder:
                 raise UnsupportedError(f"the keyword {keyword!r} is not supported here")
 
     def count_values(self, more: int) -> None:
+        self.check_room(more)
         self.values += more
-        if self.values > MAX_VALUES:
+
+    def check_room(self, more: int) -> None:
+        if self.values + more > MAX_VALUES:
             raise UnsupportedError(
                 f"an instance would have more than {MAX_VALUES} values"
             )
@@ -367,7 +372,9 @@ class _Builder:
         """Build all properties, and as many more as `minProperties` requires."""
         properties = {**schema.get("properties", {})}
         keys = schema.get("propertyNames", {}).get("enum", [])
-        for number in range(int(size(schema, "minProperties", 0)) - len(properties)):
+        missing = int(size(schema, "minProperties", 0)) - len(properties)
+        self.check_room(missing)
+        for number in range(missing):
             key = keys[number] if number < len(keys) else f"{name} {number + 1}"
             properties[key] = schema.get("additionalProperties", {"type": "string"})
         required = schema.get("required", [])
@@ -394,16 +401,23 @@ class _Builder:
         low, high = size(schema, "minItems", 0), size(schema, "maxItems", math.inf)
         target = max(low, min(high, len(built) + 1))
         unique = schema.get("uniqueItems") is True
+        taken = {item for item in built if isinstance(item, int | float)}
         try:
             while len(built) < target:
                 item_name = f"{name} {len(built) + 1}"
-                self.avoided = built if unique else []
-                built.append(self.build(schema.get("items", {}), item_name))
+                if unique:
+                    self.avoided, self.taken = built, taken
+                else:
+                    self.avoided, self.taken = [], frozenset()
+                item = self.build(schema.get("items", {}), item_name)
+                built.append(item)
+                if isinstance(item, int | float):
+                    taken.add(item)
         except _RecursionTooDeepError:
             if len(built) < low:
                 raise
         finally:
-            self.avoided = []
+            self.avoided, self.taken = [], frozenset()
         if not low <= len(built) <= high:
             raise UnsupportedError("no array satisfies 'minItems' and 'maxItems'")
         return built
@@ -474,7 +488,7 @@ class _Builder:
             return (
                 least <= value <= most
                 and above < value < below
-                and value not in self.avoided
+                and value not in self.taken
                 and (any_fraction or exact(value) % step == 0)
                 and (not integer or value == int(value))
             )
@@ -483,19 +497,28 @@ class _Builder:
         candidates = [*self.numbers, 0, low, high]
         if any_fraction:
             candidates += [(low + high) / 2, low + 1, high - 1]
-        # If any multiple fits, so does one next to a bound or to an avoided one.
+        # If any multiple fits, so does one next to a bound or to a taken one. The last
+        # of them come first, because the earlier ones are usually taken.
         start = exact(low if low > -math.inf else min(high, 0))
         nearest = round(start / step) * step
-        for count in range(-1, len(self.avoided) + 2):
-            multiple = nearest + count * step
-            whole = multiple.denominator == 1
-            candidates.append(int(multiple) if whole else float(multiple))
-        for value in candidates:
+        taken = len(self.taken)
+        for value in chain(
+            candidates,
+            multiples(nearest, step, range(max(-1, taken - 2), taken + 2)),
+            multiples(nearest, step, range(-1, taken - 2)),
+        ):
             if fits(value):
                 if value in self.numbers:
                     self.numbers.remove(value)
                 return int(value) if integer else value
         raise UnsupportedError("the stub can't find a number within its bounds")
+
+
+def multiples(start: Fraction, step: Fraction, counts: range) -> Iterator[float]:
+    """These multiples of a step, counted from the start; whole ones as integers."""
+    for count in counts:
+        value = start + count * step
+        yield int(value) if value.denominator == 1 else float(value)
 
 
 class _Pattern:
