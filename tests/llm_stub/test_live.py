@@ -1777,17 +1777,18 @@ VISITS = {
         LIVE,
     ],
     "stop": [LIVE + ".stop()", LIVE],
-    "kill": [LIVE + "._process.kill()", LIVE],
+    "kill": [f"process = {LIVE}._process", "process.kill()", "process.wait()", LIVE],
 }
 CHILD = """
-import openai
+import json, os, urllib.error, urllib.request
 from helpers import connect
 {visits}
 for _ in range(3):
+    body = json.dumps(dict(model="m", input="a")).encode()
     try:
-        openai.OpenAI(max_retries=0).embeddings.create(model="m", input="a")
-    except openai.PermissionDeniedError as error:
-        assert error.code == "live_cap"
+        urllib.request.urlopen(os.environ["OPENAI_BASE_URL"] + "/embeddings", body)
+    except urllib.error.HTTPError as error:
+        assert json.load(error)["error"]["code"] == "live_cap"
     else:
         print("answered")
 """
