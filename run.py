@@ -175,15 +175,17 @@ def lab(*words: str) -> int:
 
 def test(*words: str) -> int:
     """Run every check; stop at the first tool that fails."""
+    module = [PYTHON, "-m"]
     steps = [
-        ["ruff", "check", "."],
-        ["ruff", "format", "--check", "."],
-        ["mypy"],
-        ["pytest", *words],
+        [*module, "ruff", "check", "."],
+        [*module, "ruff", "format", "--check", "."],
+        [PYTHON.with_name("typos")],  # no Python module
+        [*module, "mypy"],
+        [*module, "pytest", *words],
     ]
     for step in steps:
         print("---", *step, flush=True)
-        code = call(PYTHON, "-m", *step)
+        code = call(*step)
         if code:
             return code
     return 0

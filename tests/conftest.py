@@ -25,14 +25,20 @@ from llm_stub.settings import Settings
 # a slow file alone after the others have finished.
 SLOW_FILES = [
     "test_lab.py",
-    "test_panel.py",
-    "04_choose_threads_or_asyncio.ipynb",
-    "test_run_all.py",
-    "11_use_more_than_one_process.ipynb",
-    "15_choose.ipynb",
-    "test_cluster.py",
     "test_durable_job.py",
+    "test_awkward_environments.py",
     "test_bench.py",
+    "06_stay_under_the_rate_limit.ipynb",
+    "test_run_all.py",
+    "test_live.py",
+    "test_panel.py",
+    "11_use_more_than_one_process.ipynb",
+    "04_choose_threads_or_asyncio.ipynb",
+    "test_mutations.py",
+    "05_bound_what_is_in_flight.ipynb",
+    "02_use_a_thread_pool.ipynb",
+    "07_survive_failures.ipynb",
+    "test_cluster.py",
     "test_batch.py",
 ]
 

@@ -63,7 +63,8 @@ with open(os.environ["CALLS"], "a") as calls:
 venv = pathlib.Path(sys.argv[-1])
 shutil.rmtree(venv, ignore_errors=True)
 (venv / "bin").mkdir(parents=True)
-shutil.copy(os.environ["PYTHON"], venv / "bin" / "python")
+for program in "python", "typos":
+    shutil.copy(os.environ["PYTHON"], venv / "bin" / program)
 """
 
 
