@@ -175,11 +175,11 @@ def lab(*words: str) -> int:
 
 def test(*words: str) -> int:
     """Run every check; stop at the first tool that fails."""
-    module = [PYTHON, "-m"]
+    module = [str(PYTHON), "-m"]
     steps = [
         [*module, "ruff", "check", "."],
         [*module, "ruff", "format", "--check", "."],
-        [PYTHON.with_name("typos")],  # no Python module
+        [str(PYTHON.with_name("typos"))],  # no Python module
         [*module, "mypy"],
         [*module, "pytest", *words],
     ]
