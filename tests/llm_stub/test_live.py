@@ -1821,16 +1821,20 @@ def test_cap_and_count_stay_whatever_happens_to_the_stub(
 
 
 @pytest.mark.parametrize(
-    "visits", [VISITS[how] for how in VISITS if how not in ("stop", "kill")], ids=str
+    ("parent", "child"),
+    [
+        (LIVE, "to stub mode"),
+        (LIVE, "live, then to stub mode"),
+        (STUB, "live"),
+    ],
 )
-@pytest.mark.parametrize("parent", [LIVE, STUB])
 def test_children_share_the_cap_and_the_count_of_their_parent(
-    own_address: str, upstream: Provider, parent: str, visits: list[str]
+    own_address: str, upstream: Provider, parent: str, child: str
 ) -> None:
     connect(live=True, max_calls=4)
     ask_upstream()
     exec(parent, {"connect": connect})
-    answered = [calls_of_a_child(visits) for _ in range(2)]
+    answered = [calls_of_a_child(VISITS[child]) for _ in range(2)]
     connect(live=True)
     with pytest.raises(openai.PermissionDeniedError, match="max_calls=4"):
         ask_upstream()

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -52,6 +51,8 @@ def only_fault(project: Path, **environment: str) -> str:
     assert done.returncode == 1, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] is False
+    names = [check["name"] for check in report["checks"]]
+    assert names == [name for name in CHECKS if name in names]
     [fault] = [check for check in report["checks"] if check["status"] == "fix"]
     text: str = fault["text"]
     return text
@@ -65,15 +66,6 @@ def test_healthy_machine_gets_ok_for_all_that_a_lesson_needs(project: Path) -> N
     assert [name for _, name, _ in lines[:-1]] == CHECKS
     assert {status for status, _, _ in lines[:-3]} == {"ok"}
     assert done.stdout.endswith("can run the notebooks: python run.py lab\n")
-
-
-def test_json_has_the_same_checks(project: Path) -> None:
-    done = doctor(project, "--json")
-
-    assert done.returncode == 0
-    report: dict[str, Any] = json.loads(done.stdout)
-    assert report["ok"] is True
-    assert [check["name"] for check in report["checks"]] == CHECKS
 
 
 def test_missing_package_is_named(
