@@ -80,12 +80,14 @@ def main(words: Sequence[str]) -> int:
 def examine() -> Iterator[Check]:
     """All checks in order, each as soon as its result is known."""
     yield check_python()
-    yield check_disk()
+    disk = check_disk()
+    yield disk
     yield check_port()
-    packages = check_packages()
-    yield packages
-    if packages.status == "ok":
-        yield check_kernel()
+    if disk.status == "ok":
+        packages = check_packages()
+        yield packages
+        if packages.status == "ok":
+            yield check_kernel()
     yield check_browser()
     yield check_chromium()
 
@@ -154,8 +156,8 @@ def check_kernel() -> Check:
     if done.returncode == 0 and "1 call answered" in done.stdout:
         seconds = time.monotonic() - started
         return Check("kernel", "ok", f"started and made a call in {seconds:.0f} s")
-    text = f"could not make a call: {last_line(done.stderr)}. {SET_UP_AGAIN} "
-    text += "If this doesn't help, open an issue with this line."
+    text = f"could not make a call: {last_line(done.stderr)}. If this doesn't say what "
+    text += f"to do: {SET_UP_AGAIN} If that doesn't help, open an issue with this line."
     return Check("kernel", "fix", text)
 
 

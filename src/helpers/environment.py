@@ -43,9 +43,7 @@ UNWANTED_UNLESS_LIVE = (
     "LANGCHAIN_OPENAI_STREAM_CHUNK_TIMEOUT_S",  # the stub can be slow on purpose
 )
 
-NEVER_RESTORED = frozenset(
-    HEADERS + UNWANTED
-)  # only the names are recorded: some hold keys
+NEVER_RESTORED = frozenset(HEADERS + UNWANTED)  # not recorded, as some hold keys
 
 RECORD = "LLM_STUB_OF_PARENT"
 
