@@ -216,7 +216,7 @@ def test_nbval_fails_at_a_false_claim_and_at_an_output_edited_by_hand(
         for line in done.stdout.splitlines()
         if line.startswith(("PASSED ", "FAILED "))
     ]
-    results = {cell: result.split()[0] for result, cell in verdicts}
+    results = {cell.partition(" - ")[0]: result.split()[0] for result, cell in verdicts}
     assert results == {
         "Cell 0": "PASSED",
         "Cell 1": "FAILED",
