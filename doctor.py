@@ -80,13 +80,12 @@ def main(words: Sequence[str]) -> int:
 def examine() -> Iterator[Check]:
     """All checks in order, each as soon as its result is known."""
     yield check_python()
-    disk = check_disk()
-    yield disk
-    yield check_port()
+    disk, port = check_disk(), check_port()
+    yield from (disk, port)
     if disk.status == "ok":
         packages = check_packages()
         yield packages
-        if packages.status == "ok":
+        if packages.status == port.status == "ok":
             yield check_kernel()
     yield check_browser()
     yield check_chromium()
