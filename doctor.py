@@ -1,7 +1,7 @@
 """Check that this machine can run the notebooks: `python run.py doctor`.
 
-Each line says "ok", or how to fix it. A line marked "note" is about something that
-no lesson needs. With --json, the report is one JSON object:
+Each line says "ok" or how to fix the problem. A line marked "note" is about something
+that no lesson needs. With --json, the report is one JSON object:
 
     {"ok": true, "checks": [{"name": "disk", "status": "ok", "text": "…"}, …]}
 
@@ -28,7 +28,7 @@ from typing import Literal
 import run
 
 MB = 1_000_000
-ENVIRONMENT_SIZE = 900 * MB  # of .venv, with room for the notebooks' files
+ENVIRONMENT_SIZE = 900 * MB  # for .venv and the notebooks' files
 ROOM_TO_WORK = 100 * MB
 TIMEOUT = 120  # seconds for a kernel and a stub to start on a slow machine
 CHROMIUM = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
@@ -73,12 +73,12 @@ def main(words: Sequence[str]) -> int:
     elif ok:
         print("This machine can run the notebooks: python run.py lab")
     else:
-        print("Fix each line that begins with “fix”, then run this command again.")
+        print("Follow each line that begins with “fix”, then run this command again.")
     return 0 if ok else 1
 
 
 def examine() -> Iterator[Check]:
-    """All checks in order, each as soon as its result is known."""
+    """Run all checks in order; yield each as soon as its result is known."""
     yield check_python()
     disk, port = check_disk(), check_port()
     yield from (disk, port)
@@ -92,39 +92,39 @@ def examine() -> Iterator[Check]:
 
 
 def check_python() -> Check:
-    """Recent enough, or run.py would have said so and ended."""
+    """Always ok, because run.py has already rejected an older Python."""
     version, system = platform.python_version(), platform.system()
     return Check("Python", "ok", f"{version} on {system} ({platform.machine()})")
 
 
 def check_disk() -> Check:
-    """The project's disk needs room for `.venv`, the one for temporary files less."""
+    """The project's disk needs room for `.venv`; temporary files need less."""
     needed = ROOM_TO_WORK if run.STAMP.exists() else ENVIRONMENT_SIZE
     for folder, least in (run.ROOT, needed), (tempfile.gettempdir(), ROOM_TO_WORK):
         free = shutil.disk_usage(folder).free
         if free < least:
-            text = f"{free // MB:,} MB free in {folder}, where {least // MB} are needed"
-            return Check("disk", "fix", text + ". Delete what you no longer use.")
+            text = f"{free // MB:,} MB free in {folder}, but {least // MB} are needed"
+            return Check("disk", "fix", text + ". Delete files you don't need.")
     return Check("disk", "ok", f"{shutil.disk_usage(run.ROOT).free // MB:,} MB free")
 
 
 def check_port() -> Check:
-    """The stub and JupyterLab listen on ports of 127.0.0.1."""
+    """The stub and JupyterLab listen on ports on 127.0.0.1."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
-        text = f"no program can connect to a port of 127.0.0.1 ({error}). "
+        text = f"programs can't connect to ports on 127.0.0.1 ({error}). "
         return Check("port", "fix", text + "Allow Python in your firewall.")
     try:
         socket.create_server(("127.0.0.1", 8888)).close()
     except OSError:
-        return Check("port", "ok", "8888 is taken; JupyterLab will use another one")
+        return Check("port", "ok", "8888 is in use; JupyterLab will use another one")
     return Check("port", "ok", "8888 is free for JupyterLab")
 
 
 def check_packages() -> Check:
-    """`.venv` is set up, and contains all that requirements.lock lists."""
+    """`.venv` is set up and contains everything that requirements.lock lists."""
     try:
         run.set_up()
     except run.SetUpError as error:
@@ -133,18 +133,22 @@ def check_packages() -> Check:
     options += ["--no-deps", "--require-hashes", "--requirement", str(run.LOCK)]
     done = execute("pip", "install", *options)
     if done.returncode:  # its last line names the package
-        text = f"not as in requirements.lock: {last_line(done.stderr)}. {SET_UP_AGAIN}"
+        text = (
+            f"don't match requirements.lock: {last_line(done.stderr)}. {SET_UP_AGAIN}"
+        )
         return Check("packages", "fix", text)
-    return Check("packages", "ok", "all as in requirements.lock")
+    return Check("packages", "ok", "all match requirements.lock")
 
 
 def check_kernel() -> Check:
-    """A kernel starts, and in it a call of the real client is answered by the stub."""
+    """A kernel starts, and the stub answers a call that the real client makes in it."""
     found = execute("jupyter_client.kernelspecapp", "list", "--json").stdout
     folder = json.loads(found or "{}").get("kernelspecs", {}).get("python3", {})
     place = Path(folder.get("resource_dir", run.VENV))
     if not place.is_relative_to(run.VENV):
-        text = f"another kernel named python3 is used, not .venv's: rename {place}"
+        text = (
+            f"another kernel named python3 is used instead of .venv's. Rename {place}"
+        )
         return Check("kernel", "fix", text)
     cell = {"cell_type": "code", "source": CELL, "metadata": {}, "outputs": []}
     code = cell | {"execution_count": None}
@@ -155,8 +159,9 @@ def check_kernel() -> Check:
     if done.returncode == 0 and "1 call answered" in done.stdout:
         seconds = time.monotonic() - started
         return Check("kernel", "ok", f"started and made a call in {seconds:.0f} s")
-    text = f"could not make a call: {last_line(done.stderr)}. If this doesn't say what "
-    text += f"to do: {SET_UP_AGAIN} If that doesn't help, open an issue with this line."
+    text = f"could not make a call: {last_line(done.stderr)}. If the reason isn't "
+    text += f"clear, try this. {SET_UP_AGAIN} If that doesn't help, open an issue with "
+    text += "this line."
     return Check("kernel", "fix", text)
 
 
@@ -165,17 +170,17 @@ def check_browser() -> Check:
     try:
         webbrowser.get()
     except webbrowser.Error:
-        text = "none found. Open the address that JupyterLab prints in a browser."
+        text = "none found. In a browser, open the address that JupyterLab prints."
         return Check("browser", "note", text)
     return Check("browser", "ok", "JupyterLab can open it")
 
 
 def check_chromium() -> Check:
-    """For the browser tests, which are skipped without it."""
+    """The browser tests are skipped without it."""
     if find_chromium():
         return Check("Chromium", "ok", "the browser tests can run")
-    text = "not found. Only `python run.py test` uses it: apt-get install chromium, "
-    text += "or set CHROMIUM to the path of its program."
+    text = "not found. Only `python run.py test` needs it. Install it (on Debian: "
+    text += "apt-get install chromium), or set CHROMIUM to the path of its program."
     return Check("Chromium", "note", text)
 
 

@@ -57,14 +57,14 @@ def call(*words: object, **options: Any) -> int:
 
 
 class SetUpError(Exception):
-    """The set-up failed. The text says what to do about it."""
+    """The setup failed. The message says what to do about it."""
 
 
 def set_up() -> None:
-    """Install exactly what requirements.lock lists into `.venv`; raise SetUpError.
+    """Install exactly what requirements.lock lists into `.venv`.
 
     A `.venv` can't be moved, because its scripts contain its path. A moved or
-    copied project gets a new one.
+    copied project gets a new one. Raises SetUpError if the setup fails.
     """
     lock = LOCK.read_text("utf-8")
     wanted = "python {}.{}, lock {}, in {}\n".format(
@@ -81,7 +81,7 @@ def set_up() -> None:
             "Debian and Ubuntu, install the package python3-venv. Then run the same "
             "command again.".format(VENV)
         )
-    tell("  2/3 installing uv, which installs packages quickly")
+    tell("  2/3 installing uv, a fast package installer")
     pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *QUIET]
     uv = [PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON, *QUIET]
     packages = ["--require-hashes", "-r", LOCK]
@@ -99,7 +99,7 @@ def set_up() -> None:
             raise SetUpError(
                 "could not install the packages in requirements.lock; see the error "
                 "above. The first run needs the network, or a package index that pip "
-                "is configured to use. Fix that and run the same command again."
+                "is configured to use. Check both, then run the same command again."
             )
     STAMP.write_text(wanted, "utf-8")
     tell("Done in {:.0f} seconds.".format(time.monotonic() - started))
@@ -116,21 +116,21 @@ def install(*words: object, **settings: str) -> int:
 
 
 def uv_settings() -> "dict[str, str]":
-    """Variables that make uv install from where pip does, with a cache it can write.
+    """Environment variables that give uv pip's settings and a writable cache.
 
-    A variable that is already set stays as it is.
+    Variables that are already set stay as they are.
     """
     command = [str(PYTHON), "-m", "pip", "config", "list"]
     listed = subprocess.check_output(command).decode()
     pip = {}
     for section in "global", "install", ":env:":  # the last one wins
         lines = re.findall("^{}[.](.+?)='(.*)'$".format(section), listed, re.M)
-        for name, text in lines:  # a list may have one value a line
+        for name, text in lines:  # a list may have one value per line
             pip[name] = " ".join(text.replace("\\n", " ").split())
     settings = {
         "UV_DEFAULT_INDEX": pip.get("index-url"),
         "UV_INDEX": pip.get("extra-index-url"),
-        "UV_INDEX_STRATEGY": "unsafe-best-match",  # pip's; the hashes make it safe
+        "UV_INDEX_STRATEGY": "unsafe-best-match",  # as in pip; the hashes make it safe
         "UV_NO_INDEX": pip.get("no-index"),
         "UV_FIND_LINKS": pip.get("find-links", "").replace(" ", ","),
         "UV_INSECURE_HOST": pip.get("trusted-host"),
@@ -179,7 +179,7 @@ def test(*words: str) -> int:
     steps = [
         [*module, "ruff", "check", "."],
         [*module, "ruff", "format", "--check", "."],
-        [str(PYTHON.with_name("typos"))],  # no Python module
+        [str(PYTHON.with_name("typos"))],  # not a Python module
         [*module, "mypy"],
         [*module, "pytest", *words],
     ]
@@ -260,7 +260,7 @@ def last_picture(notebook: Path) -> bytes:
 
 def doctor(*words: str) -> int:
     """Check that this machine can run the notebooks."""
-    sys.path.insert(0, str(ROOT))  # Python may have been told to leave it out
+    sys.path.insert(0, str(ROOT))  # missing with -P or PYTHONSAFEPATH
     from doctor import main
 
     return main(words)
@@ -288,7 +288,7 @@ def main(words: "list[str]") -> int:
         print(__doc__)
         problem = "unknown command {!r}".format(words[0]) if words else "no command"
         fail("{}. Choose from: {}.".format(problem, ", ".join(COMMANDS)))
-    if words[0] != "doctor":  # it reports a failing set-up among the other results
+    if words[0] != "doctor":  # it reports a failed setup with its other results
         try:
             set_up()
         except SetUpError as error:

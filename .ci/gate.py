@@ -1,7 +1,7 @@
 """The gate: run all legs, or those named as arguments, and say how long each took.
 
-Exits with 1 if a leg failed or a test was skipped. Without arguments, a failing leg
-"newest" is reported, but doesn't count: it shows what the next update will break.
+Exits with 1 if a leg failed or a test was skipped. Without arguments, a failure of the
+leg "newest" is only reported: it shows what the next update will break.
 """
 
 import os
@@ -30,14 +30,14 @@ def run(*command: str | Path, cwd: Path = ROOT) -> bool:
 
 
 def everything(folder: Path, junit: Path) -> bool:
-    """README's test command with the lock: all checks, and nothing skipped."""
+    """README's test command with the lock: all checks, with nothing skipped."""
     return run(sys.executable, "run.py", "test", "-rs", f"--junitxml={junit}")
 
 
 def other(folder: Path, junit: Path) -> bool:
     """All notebooks with the lock, on another Python and in a copy of the project."""
     if not (python := other_python()):
-        print("Neither Python 3.13 nor 3.12 was found. Install one of them.")
+        print("No other Python was found. Install 3.13 or 3.12.")
         return False
     copy = folder / "project"
     files = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
@@ -52,14 +52,14 @@ def other(folder: Path, junit: Path) -> bool:
 
 
 def other_python() -> str | None:
-    """The path of Python 3.13, else of 3.12; not the one that runs this program."""
+    """The path of a Python other than this one: 3.13 if possible, otherwise 3.12."""
     for version in "3.13", "3.12":
         pyenv = Path.home().glob(f".pyenv/versions/{version}*/bin/python")
         for found in shutil.which(f"python{version}"), *map(str, pyenv):
             code = f"import sys; assert sys.version.startswith('{version}')"
             if version in sys.version[:5] or not found:
                 continue
-            # pyenv has commands even for versions that it doesn't use.
+            # pyenv has shims even for versions that are not in use.
             if subprocess.run([found, "-c", code], capture_output=True).returncode == 0:
                 return found
     return None
@@ -135,7 +135,7 @@ def main(names: list[str]) -> int:
             minutes = (time.monotonic() - started) / 60
             verdict = "passed" if passed and not skipped else "FAILED"
             if verdict == "FAILED" and name in ONLY_REPORTED and not names:
-                verdict = "failed, which is only reported"
+                verdict = "failed (only reported)"
             good &= verdict != "FAILED"
             late = ", OVER ITS BUDGET" if minutes > BUDGETS[name] else ""
             report.append(

@@ -184,14 +184,15 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     server at OPENAI_BASE_URL, or to OpenAI, with the key from OPENAI_API_KEY and
     the model from LLM_MODEL, which doesn't apply to embeddings. They are refused
     once `max_calls` or `max_tokens` is reached. A chat or response without a token
-    limit is sent with `max_answer_tokens`. These caps and the count stay when you
+    limit is sent with `max_answer_tokens`. The count and the caps survive when you
     switch modes or stop the stub. Child processes share them if you call `connect`
     before you start them.
 
     Raises ProviderError if the stub can't be started or reached, and ValueError
     for a setting that doesn't exist or is out of range. Even after an error, no
     client calls another server: calls go to a running stub, or fail. The exceptions
-    are clients that your code points elsewhere, with `base_url` or `data_residency`.
+    are clients that your code points elsewhere, with `base_url`, `azure_endpoint` or
+    `data_residency`.
     """
     with _lock:
         return _connect(live, settings)
@@ -269,7 +270,7 @@ def _reject_unusable_live_mode(url: str) -> None:
     if url:
         raise ProviderError(
             f"Live mode starts its own stub, but LLM_PROVIDER_URL is set to {url}. "
-            "Unset it. If the stub there was started with --live, leave it set, but "
+            "Unset it, unless the stub there was started with --live. In that case, "
             "leave out live=True and unset LLM_LIVE."
         )
     for name in environment.unusable_headers():
@@ -283,6 +284,11 @@ def _reject_unusable_live_mode(url: str) -> None:
             "OPENAI_BASE_URL and OPENAI_API_BASE are set to different servers, so live "
             "mode doesn't know where to send calls. Unset one of them, then run "
             "connect() again."
+        )
+    if environment.count_is_lost():
+        raise ProviderError(
+            "The file in which live mode counts what it uses has been deleted: "
+            f"{environment.record().count}. To start from zero, restart Python."
         )
     if not environment.record().own and not environment.has_key():
         raise ProviderError(

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import urllib.request
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 FILES_WANTED = 8192  # open files: one per connection, and macOS starts with 256
 ADDRESSES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # LangChain prefers the second
@@ -43,7 +44,7 @@ UNWANTED_UNLESS_LIVE = (
     "LANGCHAIN_OPENAI_STREAM_CHUNK_TIMEOUT_S",  # the stub can be slow on purpose
 )
 
-NEVER_RESTORED = frozenset(HEADERS + UNWANTED)  # not recorded, as some hold keys
+NEVER_RESTORED = frozenset(HEADERS + UNWANTED)  # values not recorded: some are keys
 
 RECORD = "LLM_STUB_OF_PARENT"
 
@@ -56,6 +57,7 @@ class Record:
     live: bool = False
     started_with: dict[str, str] | None = None  # None if connect() didn't start it
     count: str = ""  # the file in which live mode counts what it uses
+    counting: bool = False  # whether live mode has created that file
     own: dict[str, str] = field(default_factory=dict)  # the user's ADDRESSES
     aside: dict[str, str] = field(default_factory=dict)  # variables it removed
 
@@ -119,7 +121,8 @@ def point_clients_at(
     would break clients, and records those as well.
     """
     environ, last = os.environ, record()
-    now = Record(url, live, started_with, last.count or _new_file(), last.own)
+    now = Record(url, live, started_with, last.count or _new_file())
+    now.counting, now.own = last.counting or live, last.own
     replaced = f"{last.url}/v1"
     if any(environ.get(name) != replaced for name in ADDRESSES):  # set by the user
         found = {name: environ.get(name, "") for name in ADDRESSES}
@@ -142,10 +145,33 @@ def point_clients_at(
     environ.setdefault("LANGSMITH_TRACING", "false")
     environ[RECORD] = json.dumps(asdict(now))
     _bypass_proxies()
+    _forget_module_client()
+
+
+def count_is_lost() -> bool:
+    """Whether live mode has counted what it uses, but the file with it is gone."""
+    with contextlib.suppress(OSError):
+        return record().counting and os.stat(record().count).st_size == 0  # noqa: PTH116
+    return record().counting
+
+
+def _forget_module_client() -> None:
+    """Make `openai.chat` and the like use the new address.
+
+    The openai SDK builds the client behind them when they are first looked at, which
+    can be long before a call.
+    """
+    sdk: Any = sys.modules.get("openai")
+    if hasattr(sdk, "_reset_client"):
+        sdk._reset_client()
+        sdk.api_key = sdk.api_key or None  # it was stored as "" if there was no key
 
 
 def _new_file() -> str:
-    """A path for the count; empty if no file can be created. Only live mode does."""
+    """A path for the count, or "" if there is no temporary folder.
+
+    Only live mode creates the file.
+    """
     with contextlib.suppress(OSError):
         name = f"llm_stub_{secrets.token_hex(16)}.sqlite"
         return os.path.join(tempfile.gettempdir(), name)  # noqa: PTH118

@@ -4,7 +4,7 @@ Before a call is sent, we reserve the most tokens that it can use: one for each 
 of its body, plus the token limit of each answer. A call without a limit gets the one
 in the settings. We refuse a call whose tokens we can't bound. When the upstream
 reports the actual usage, that replaces the reservation. A call that never reached the
-upstream doesn't count. The count and the caps are in a `Ledger`.
+upstream doesn't count. A `Ledger` stores the count and the caps.
 """
 
 import math

@@ -19,9 +19,9 @@ WAIT = 10  # seconds for another stub to finish writing
 class Ledger:
     """One count of calls and tokens, and one set of caps, in an SQLite file.
 
-    All stubs that are given the same file share them, one after another or at the
-    same time. They survive a stub that crashes or is killed. Every method raises
-    sqlite3.Error if the file can't be read or written.
+    All stubs that are given the same file share the count and the caps, whether they
+    run at the same time or one after another. Both survive if a stub crashes or is
+    killed. Every method raises sqlite3.Error if the file can't be read or written.
     """
 
     def __init__(self, path: str = ":memory:") -> None:
@@ -38,13 +38,13 @@ class Ledger:
         return calls, tokens
 
     def take(self, tokens: int, max_calls: int, max_tokens: int) -> bool:
-        """Count a call with its tokens, or return False if that would exceed a cap."""
+        """Count a call and its tokens; return False instead if that exceeds a cap."""
         update = """UPDATE ledger SET calls = calls + 1, tokens = tokens + ?1
             WHERE calls + 1 <= ?2 AND tokens + ?1 <= ?3"""
         return self._db.execute(update, (tokens, max_calls, max_tokens)).rowcount == 1
 
     def add(self, calls: int, tokens: int) -> None:
-        """Change the count by these numbers, whatever the caps are."""
+        """Change the count by these numbers, regardless of the caps."""
         update = "UPDATE ledger SET calls = calls + ?, tokens = tokens + ?"
         self._db.execute(update, (calls, tokens))
 

@@ -51,8 +51,8 @@ HOP_BY_HOP = frozenset(
     """.split()
 )
 
-# Headers that aren't passed on, by prefix. With the upstream's, a web page could read
-# the answer, or a browser would keep cookies and rules for this machine.
+# Prefixes of headers that aren't passed on. The upstream's could let a web page read
+# the answer, or make a browser store cookies and rules for this machine.
 FROM_BROWSER = ("cookie", "origin", "referer", "sec-")
 FOR_BROWSER = (
     "access-control-",
@@ -96,7 +96,7 @@ class Live:
         return {"calls": calls, "tokens": tokens}
 
     def remember_caps(self) -> None:
-        """Keep the caps for the stubs that share the ledger and start later."""
+        """Store the caps for stubs that share the ledger and start later."""
         self._ledger.caps = self._state.settings.model_dump(include={*CAPS})
 
     @property
@@ -300,7 +300,7 @@ def last_prompt(body: Json) -> str:
 
 
 def _passed(headers: Any, *without: str) -> CIMultiDict[str]:
-    """The headers that are passed on: not those of a connection, nor these prefixes."""
+    """The headers to pass on: none that are hop-by-hop or begin with these prefixes."""
     return CIMultiDict(
         (name, text)
         for name, text in headers.items()

@@ -813,3 +813,12 @@ def test_keys_are_not_copied_to_another_variable() -> None:
     os.environ["OPENAI_API_KEY"] = "secret-3\n"
     connect()
     assert not [name for name, text in os.environ.items() if "secret-" in text]
+
+
+@pytest.mark.parametrize("arguments", ["", "typo=1"])
+def test_module_client_that_was_looked_at_before_reaches_the_stub(
+    arguments: str,
+) -> None:
+    module = "(lambda **options: openai)"
+    script = {"early": "repr(openai.chat)", "client": module, "arguments": arguments}
+    assert run_script(BEDROCK.format(**script)) != "not reached"

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
 
-from helpers import Timeline, connect, connection
+from helpers import Timeline, connect, connection, environment
 from helpers.connection import Provider, ProviderError
 from llm_stub import server
 from llm_stub.answers import answer
@@ -1840,6 +1840,22 @@ def test_children_share_the_cap_and_the_count_of_their_parent(
         ask_upstream()
     assert answered == [3, 0]
     assert request_count(upstream) == 4
+
+
+@pytest.mark.parametrize("emptied", [False, True], ids=["deleted", "emptied"])
+def test_live_mode_stops_if_its_count_is_lost(
+    own_address: str, upstream: Provider, emptied: bool
+) -> None:
+    connect(live=True, max_calls=1)
+    ask_upstream()
+    connect(live=False)
+    count = Path(environment.record().count)
+    count.unlink()
+    if emptied:
+        count.touch()
+    with pytest.raises(ProviderError, match=f"has been deleted: {count}"):
+        connect(live=True)
+    assert request_count(upstream) == 1
 
 
 def test_children_of_a_parent_in_stub_mode_share_one_count(
