@@ -191,8 +191,8 @@ def connect(*, live: bool | None = None, **settings: Any) -> Provider:
     Raises ProviderError if the stub can't be started or reached, and ValueError
     for a setting that doesn't exist or is out of range. Even after an error, no
     client calls another server: calls go to a running stub, or fail. The exceptions
-    are clients that your code points elsewhere, with `base_url`, `azure_endpoint` or
-    `data_residency`.
+    are clients that your code points elsewhere, for example with `base_url`,
+    `azure_endpoint`, `data_residency` or `provider`.
     """
     with _lock:
         return _connect(live, settings)

@@ -64,8 +64,12 @@ class Record:
 
 def record() -> Record:
     """What `connect` has done in this process or in its parent."""
-    with contextlib.suppress(ValueError, TypeError):
-        return Record(**json.loads(os.environ.get(RECORD, "{}")))
+    with contextlib.suppress(AttributeError, ValueError, TypeError):
+        found = Record(**json.loads(os.environ.get(RECORD, "{}")))
+        texts = [found.url, found.count, *found.own.values(), *found.aside.values()]
+        texts += (found.started_with or {}).values()
+        if all(isinstance(text, str) for text in texts):
+            return found
     return Record()
 
 
@@ -127,6 +131,14 @@ def point_clients_at(
     if any(environ.get(name) != replaced for name in ADDRESSES):  # set by the user
         found = {name: environ.get(name, "") for name in ADDRESSES}
         now.own = {name: at for name, at in found.items() if at not in ("", replaced)}
+    # First of all: the rest takes a moment, and can be interrupted.
+    now.aside = last.aside
+    for name in ADDRESSES:
+        environ[name] = f"{url}/v1"
+    # A live stub would forward the AWS token to another provider.
+    environ[BEDROCK] = f"{NO_STUB if live else url}/v1"
+    environ[RECORD] = json.dumps(asdict(now))
+    now.aside = {}
     for name, text in last.aside.items():
         if environ.get(name) in (None, NO_KEY):  # the user hasn't set it since
             if name in NEVER_RESTORED:
@@ -137,10 +149,6 @@ def point_clients_at(
         if _breaks_clients(name, text, live):
             now.aside[name] = "" if name in NEVER_RESTORED else text
             del environ[name]
-    for name in ADDRESSES:
-        environ[name] = f"{url}/v1"
-    # A live stub would forward the AWS token to another provider.
-    environ[BEDROCK] = f"{NO_STUB if live else url}/v1"
     environ[KEY] = environ.get(KEY) or NO_KEY
     environ.setdefault("LANGSMITH_TRACING", "false")
     environ[RECORD] = json.dumps(asdict(now))

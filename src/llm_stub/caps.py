@@ -200,7 +200,7 @@ def refuse_unbounded(path: str, body: Json) -> None:
     """Raise ApiError 403 for a call that can use more tokens than its body shows."""
     for name, value in named(body, *UNBOUNDED):
         if value is not False:
-            raise unbounded(name, UNBOUNDED[name.lower()])
+            raise unbounded(name, UNBOUNDED[name.casefold()])
     for name, value in named(body, "modalities"):
         if value not in ([], ["text"]):
             raise unbounded(name, NOT_TEXT)
@@ -250,7 +250,7 @@ def named(body: Json, *names: str) -> list[tuple[str, Any]]:
     return [
         (name, value)
         for name, value in body.items()
-        if name.lower() in names and value is not None
+        if name.casefold() in names and value is not None
     ]
 
 

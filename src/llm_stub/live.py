@@ -46,7 +46,7 @@ DONE = b"data: [DONE]\n\n"  # the last event of a completion's stream
 # Headers that belong to one connection, not to the message (RFC 9110, 7.6.1).
 HOP_BY_HOP = frozenset(
     """
-    connection content-length host keep-alive proxy-authenticate
+    connection content-length expect host keep-alive proxy-authenticate
     proxy-authorization te trailer transfer-encoding upgrade
     """.split()
 )

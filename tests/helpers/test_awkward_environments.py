@@ -30,7 +30,7 @@ import pytest
 from jupyter_client.manager import KernelManager
 from openai import AsyncOpenAI, OpenAI
 
-from helpers import connect
+from helpers import connect, environment
 from helpers.connection import Provider, ProviderError
 from tests.helpers.conftest import (
     TIMEOUT,
@@ -822,3 +822,38 @@ def test_module_client_that_was_looked_at_before_reaches_the_stub(
     module = "(lambda **options: openai)"
     script = {"early": "repr(openai.chat)", "client": module, "arguments": arguments}
     assert run_script(BEDROCK.format(**script)) != "not reached"
+
+
+RECORDS = ['{"aside": {"A": 1}}', '{"aside": []}', '{"own": {"OPENAI_BASE_URL": 1}}']
+RECORDS += ['{"started_with": []}', '{"count": 1}', "garbage", "[1]", '{"url": null}']
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_malformed_record_is_ignored(record: str) -> None:
+    os.environ["LLM_STUB_OF_PARENT"] = record
+    provider = connect()
+    try:
+        assert ask_openai()
+    finally:
+        provider.stop()
+
+
+INTERRUPTED = """
+import json, os, ssl
+import helpers, openai
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+certificates = ssl.SSLContext.load_verify_locations
+ssl.SSLContext.load_verify_locations = interrupt  # while variables are examined
+try:
+    helpers.connect()
+except KeyboardInterrupt:
+    ssl.SSLContext.load_verify_locations = certificates
+    print(json.dumps(str(openai.OpenAI(api_key="a").base_url)))
+"""
+
+
+def test_clients_reach_nothing_if_connect_is_interrupted_early(
+    few_certificates: None,
+) -> None:
+    assert run_script(INTERRUPTED) == f"{environment.NO_STUB}/v1/"

@@ -1951,3 +1951,23 @@ def test_two_different_addresses_are_refused(upstream: Provider) -> None:
 def test_live_must_be_a_boolean() -> None:
     with pytest.raises(ValueError, match="live='no' must be True, False or None"):
         connect(live="no")  # type: ignore[arg-type]
+
+
+def test_limit_in_letters_that_some_servers_read_as_ascii_is_counted(
+    faked: Faked,
+) -> None:
+    leave_room(faked.live, "max_tokens", 500)
+    body = BODIES["chat"] | {"max_tokens": 5, "max_tokenſ": 9000}
+    response = httpx.post(
+        f"{faked.live.url}/v1/chat/completions", json=body, trust_env=False
+    )
+    assert response.status_code == 403
+    assert faked.upstream.received == []
+
+
+def test_expect_is_answered_by_the_stub_and_not_passed_on(faked: Faked) -> None:
+    faked.upstream.respond = respond_with(chat_body("Hi."))
+    with_expect = faked.client.with_options(default_headers={"expect": "100-continue"})
+    assert CALLS["chat"](with_expect).choices[0].message.content == "Hi."
+    [request] = faked.upstream.received
+    assert "expect" not in request["headers"]

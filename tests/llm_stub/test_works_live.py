@@ -147,6 +147,7 @@ CHAT_CONTENTS = (
             SILENT | {"function_call": {"name": "f", "arguments": "{}"}},
             {"role": "function", "name": "f", "content": "a"},
         ],
+        [SILENT | {"refusal": "a"}],
     ],
 )
 # Routes, parameter, values that are refused, values that are accepted.

@@ -92,6 +92,7 @@ class Message(ApiObject):
     role: Role
     content: str | Annotated[list[Part], Field(min_length=1)] | None = None
     name: str | None = None
+    refusal: str | None = None
     function_call: Arguments | None = None  # the older form of tool_calls
     tool_calls: Annotated[list[Called], Field(min_length=1)] | None = None
     tool_call_id: str | None = None
@@ -100,8 +101,8 @@ class Message(ApiObject):
     def _has_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message with role '{self.role}' needs 'content'")
-        calls = self.tool_calls or self.function_call
-        if self.role == "assistant" and self.content is None and not calls:
+        said = self.tool_calls or self.function_call or self.refusal
+        if self.role == "assistant" and self.content is None and not said:
             raise ValueError("a message with role 'assistant' needs 'content'")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message with role 'tool' needs 'tool_call_id'")
