@@ -126,7 +126,9 @@ def point_clients_at(
     """
     environ, last = os.environ, record()
     now = Record(url, live, started_with, last.count or _new_file())
-    now.counting, now.own = last.counting or live, last.own
+    now.counting, now.own = last.counting, last.own
+    if live and started_with is not None:  # not a stub that somebody else has started
+        now.counting = True
     replaced = f"{last.url}/v1"
     if any(environ.get(name) != replaced for name in ADDRESSES):  # set by the user
         found = {name: environ.get(name, "") for name in ADDRESSES}

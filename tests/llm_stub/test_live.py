@@ -1971,3 +1971,14 @@ def test_expect_is_answered_by_the_stub_and_not_passed_on(faked: Faked) -> None:
     assert CALLS["chat"](with_expect).choices[0].message.content == "Hi."
     [request] = faked.upstream.received
     assert "expect" not in request["headers"]
+
+
+def test_live_mode_works_after_another_live_stub_was_used(upstream: Provider) -> None:
+    os.environ |= {"OPENAI_BASE_URL": f"{upstream.url}/v1", "OPENAI_API_KEY": SECRET}
+    with started_by_hand("--live") as other:
+        os.environ["LLM_PROVIDER_URL"] = other.url
+        assert connect().live
+    del os.environ["LLM_PROVIDER_URL"]
+    assert connect(live=True).live
+    ask_upstream()
+    assert request_count(upstream) == 1
