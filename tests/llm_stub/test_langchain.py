@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -85,3 +87,28 @@ class TestEmbeddings(EmbeddingsIntegrationTests):
     def embedding_model_params(self) -> dict[str, Any]:
         # Otherwise it downloads a table to count tokens.
         return {"model": "some-model", "check_embedding_ctx_length": False}
+
+
+FIRST_CALLS = """
+from langchain_openai import ChatOpenAI
+print(len(ChatOpenAI(timeout=30).batch(["Who wrote Hamlet?"] * 32)))
+"""
+
+
+def test_first_calls_of_a_process_can_run_in_many_threads(provider: Provider) -> None:
+    # Pydantic 2.11.0 sometimes returned an empty response here: its models, which the
+    # SDK builds at the first call, were not safe to build in several threads.
+    provider.configure(first_token=0.05)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_CALLS],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+
+    outputs = [child.communicate(timeout=60) for child in children]
+
+    assert outputs == [("32\n", "")] * 4
