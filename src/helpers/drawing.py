@@ -16,42 +16,63 @@ if TYPE_CHECKING:
     from .timeline import Attempt, Timeline
 
 WIDTH, DPI = 9.0, 110  # inches; dots per inch
-LANE_HEIGHT = 0.24  # inches, if there are few lanes
-MAX_HEIGHT = 3.6  # inches for all lanes of one run
-MAX_LABELLED_LANES = 14  # with more, lanes are too thin for labels
+LEFT, RIGHT, LABELS = 0.2, 0.6, 2.3  # inches: margins, and labels beside the bars
+ROW_HEIGHT = 0.24  # inches, if there are few rows
+MAX_HEIGHT = 3.6  # inches for all rows of one run
+MAX_LABELLED_ROWS = 14  # with more, rows are too thin for text
 LETTER_WIDTH = 0.066  # inches
 TITLE_HEIGHT, LEGEND_HEIGHT = 0.3, 0.5  # inches above each run, below the last
+MARK_HEIGHT = 0.16  # inches between a run and its title, if it has marks
 
 # Okabe and Ito's colours. Hatches and marks distinguish the states, too.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+AMBER = "#8A6500"
 WAITING, RECEIVING = "waiting for the first byte", "receiving"
 STYLES: dict[str, dict[str, Any]] = {
     WAITING: {"facecolor": "#CCE3F0", "edgecolor": BLUE},
     RECEIVING: {"facecolor": BLUE, "edgecolor": BLUE},
     "failed ×": {"facecolor": "#F7DFCC", "edgecolor": VERMILION, "hatch": "xxx"},
     "cancelled /": {"facecolor": "#E0E0E0", "edgecolor": GREY, "hatch": "///"},
+    "timed out T": {"facecolor": "#FAE9C0", "edgecolor": AMBER, "hatch": "---"},
     "in flight >": {"facecolor": "white", "edgecolor": GREEN, "hatch": "..."},
 }
 MARKED = {style[:-2]: style for style in list(STYLES)[2:]}  # by state
+OUTLINE = [withStroke(linewidth=3, foreground="white")]
 
 
 @matplotlib.rc_context({"text.parse_math": False, "hatch.linewidth": 0.5})
 def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
-    """A PNG file of the runs, one below the other on a shared time axis."""
-    lanes = [run.lanes for run in runs]
-    heights = [min(LANE_HEIGHT * max(len(each), 1.4), MAX_HEIGHT) for each in lanes]
+    """A PNG file of the runs, one below the other on a shared time axis.
+
+    A single run has a row for each call, with its prompt beside it. With more than
+    MAX_LABELLED_ROWS calls, and in a comparison, a run has as many rows as it had
+    attempts in flight.
+    """
+    labelled = not table and len(runs[0].rows) <= MAX_LABELLED_ROWS
+    drawn = [run.rows if labelled else run.lanes for run in runs]
+    heights = [min(ROW_HEIGHT * max(len(rows), 1.4), MAX_HEIGHT) for rows in drawn]
     above = 0.17 * (table.count("\n") + 2) if table else 0.0
-    height = above + sum(heights) + TITLE_HEIGHT * len(runs) + LEGEND_HEIGHT
+    titles = [TITLE_HEIGHT + MARK_HEIGHT * bool(run.marks) for run in runs]
+    height = above + sum(heights) + sum(titles) + LEGEND_HEIGHT
     seconds = max(max(run.wall for run in runs), 0.001)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     figure.text(0.02, 1 - 0.1 / height, table, va="top", family="monospace", size=8.5)
+    left = LABELS if labelled else LEFT
+    width = (WIDTH - left - RIGHT) / WIDTH
     used: set[str] = set()
     y = height - above
-    for run, run_lanes, tall in zip(runs, lanes, heights, strict=True):
-        y -= TITLE_HEIGHT + tall
-        axes = figure.add_axes((0.02, y / height, 0.96, tall / height))
-        used |= _draw(axes, run_lanes, seconds)
-        axes.set_title(run.name if table else run.sentence, loc="left", size=9, pad=4)
+    for run, rows, tall, gap in zip(runs, drawn, heights, titles, strict=True):
+        y -= gap + tall
+        axes = figure.add_axes((left / WIDTH, y / height, width, tall / height))
+        used |= _draw_bars(axes, rows, seconds)
+        if labelled:
+            _label_rows(axes, rows)
+        else:
+            _number_bars(axes, run, rows, seconds)
+        for moment, text in run.marks:
+            _draw_mark(axes, moment, text, seconds)
+        title = run.name if table else run.sentence
+        figure.text(LEFT / WIDTH, (y + tall + gap - 0.23) / height, title, size=9)
         axes.tick_params(labelbottom=run is runs[-1], labelsize=8)
     axes.set_xlabel("seconds", size=8, labelpad=1, loc="left")
     key = [Patch(label=name, **STYLES[name]) for name in STYLES if name in used]
@@ -63,41 +84,77 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
     return file.getvalue()
 
 
-def _draw(axes: Axes, lanes: "list[list[Attempt]]", seconds: float) -> set[str]:
-    """Draw the lanes of one run, the first at the top; return the styles used."""
+def _draw_bars(axes: Axes, rows: "list[list[Attempt]]", seconds: float) -> set[str]:
+    """Draw the bars of one run, the first row at the top; return the styles used."""
     bars: dict[str, list[list[tuple[float, float]]]] = {}
-    thin = len(lanes) > MAX_LABELLED_LANES
-    half, width = (
-        (0.5, 0.3) if thin else (0.4, 0.8)
-    )  # half a bar's height, its edge width
-    for row, lane in enumerate(lanes):
-        for attempt in lane:
+    thin = len(rows) > MAX_LABELLED_ROWS
+    # half a bar's height, its edge width
+    half, width = (0.5, 0.3) if thin else (0.4, 0.8)
+    for y, row in enumerate(rows):
+        for attempt in row:
             start, first, end = attempt.arrival, attempt.first_byte, attempt.end
             pieces = [(WAITING, start, first), (RECEIVING, first, end)]
             if attempt.state in MARKED:
                 pieces = [(MARKED[attempt.state], start, end)]
             for style, left, right in pieces:
-                corners = [(left, row - half), (right, row - half)]
-                corners += [(right, row + half), (left, row + half)]
+                if style == RECEIVING and right - left < seconds / 500:
+                    continue  # a complete answer in one piece: nothing to see
+                corners = [(left, y - half), (right, y - half)]
+                corners += [(right, y + half), (left, y + half)]
                 bars.setdefault(style, []).append(corners)
-            if not thin:
-                _label(axes, row, attempt, seconds)
     for style, drawn in bars.items():
         axes.add_collection(PolyCollection(drawn, linewidth=width, **STYLES[style]))
-    axes.set(xlim=(0, seconds), ylim=(max(len(lanes), 1) - 0.5, -0.5), yticks=[])
+    axes.set(xlim=(0, seconds), ylim=(max(len(rows), 1) - 0.5, -0.5), yticks=[])
     axes.spines[["top", "right", "left"]].set_visible(False)
     return set(bars)
 
 
-def _label(axes: Axes, row: int, attempt: "Attempt", seconds: float) -> None:
-    """Write the start of the prompt in the bar, as much as fits."""
-    mark = MARKED.get(attempt.state, "")[-1:]
-    text = f"{mark} {attempt.label}".strip()
-    room = int((attempt.end - attempt.arrival) / seconds * WIDTH / LETTER_WIDTH) - 3
-    if room < 4:
-        return
-    if len(text) > room:
-        text = text[: room - 1].rstrip() + "…"
-    outline = [withStroke(linewidth=3, foreground="white")]
-    x = attempt.arrival + seconds * 0.006
-    axes.text(x, row, text, va="center", size=8, path_effects=outline)
+def _label_rows(axes: Axes, rows: "list[list[Attempt]]") -> None:
+    """Write each call's number and prompt beside its bars, and its time after them."""
+    room = int((LABELS - LEFT) / LETTER_WIDTH) - 3
+    for y, row in enumerate(rows):
+        label, took = row[0].label, row[-1].end - row[0].arrival
+        if len(label) > room:
+            label = label[: room - 1].rstrip() + "…"
+        beside = axes.get_yaxis_transform()  # x in widths of the axes, y in rows
+        x = (LEFT - LABELS) / (WIDTH - LABELS - RIGHT)
+        style: dict[str, Any] = {"va": "center", "size": 8, "transform": beside}
+        axes.text(x + 0.02, y, str(y + 1), ha="right", **style)
+        axes.text(x + 0.03, y, label, **style)
+        mark = MARKED.get(row[-1].state, "")[-1:]
+        text = f" {mark} {took:.2f} s"
+        axes.text(row[-1].end, y, text, va="center", size=8, path_effects=OUTLINE)
+
+
+def _number_bars(
+    axes: Axes, run: "Timeline", rows: "list[list[Attempt]]", seconds: float
+) -> None:
+    """Write each call's number into its bars, and the run's time after the last."""
+    if len(rows) <= MAX_LABELLED_ROWS:
+        numbers = {id(a): n for n, row in enumerate(run.rows, 1) for a in row}
+        letter = LETTER_WIDTH / (WIDTH - LEFT - RIGHT) * seconds
+        for y, row in enumerate(rows):
+            for attempt in row:
+                text = f"{numbers[id(attempt)]}{MARKED.get(attempt.state, '')[-1:]}"
+                if attempt.end - attempt.arrival > letter * (len(text) + 1):
+                    x = attempt.arrival + letter / 2
+                    axes.text(x, y, text, va="center", size=8, path_effects=OUTLINE)
+    last = max((attempt.end for attempt in run.journal), default=0)
+    middle = (len(rows) - 1) / 2
+    axes.text(last, middle, f"  {run.wall:.1f} s", va="center", size=9, weight="bold")
+
+
+def _draw_mark(axes: Axes, moment: float, text: str, seconds: float) -> None:
+    """Draw a vertical line with a text, on the side where there is more room."""
+    axes.axvline(moment, color=VERMILION, linewidth=1.2, linestyle="--", zorder=3)
+    early = moment < seconds / 2
+    axes.annotate(
+        f" {text} ",
+        (moment, 1),
+        xycoords=("data", "axes fraction"),
+        ha="left" if early else "right",
+        va="bottom",
+        size=8,
+        color=VERMILION,
+        annotation_clip=False,
+    )

@@ -18,8 +18,8 @@ from .connection import ProviderError, current
 SETTLE = 0.25  # seconds that the stub may take to notice the end of a call
 REDRAW = 0.1  # seconds between two redraws of a live timeline
 REST = 20  # after a slow redraw, pause for this many times its CPU time
-COLUMNS = 48  # characters per bar in the text
-ROWS = 20  # bars in the text; the rest are left out
+COLUMNS = 48  # characters per row of bars in the text
+ROWS = 20  # rows in the text; the rest are left out
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,15 @@ class Attempt:
 
     prompt: str
     attempt: int  # 1; higher for a client's own retries
-    state: str  # answered, failed, cancelled (the client hung up) or in flight
+    state: str  # answered, failed, cancelled, timed out (both: hung up) or in flight
     arrival: float
     first_byte: float  # the end if there was none
     end: float  # the end of the run if it is still in flight
 
     @property
     def label(self) -> str:
-        """The prompt on one line, after the number of the retry."""
-        retry = f"(retry {self.attempt - 1}) " if self.attempt > 1 else ""
-        return retry + " ".join(self.prompt.split())
+        """The prompt on one line."""
+        return " ".join(self.prompt.split())
 
 
 class Timeline:
@@ -52,6 +51,7 @@ class Timeline:
         self.name = name
         self.journal: list[Attempt] = []  # in order of arrival
         self.wall = 0.0  # seconds that the block took
+        self.marks: list[tuple[float, str]] = []  # seconds since the start, and text
         self._live = live
 
     @property
@@ -76,8 +76,17 @@ class Timeline:
 
     @property
     def cancelled(self) -> int:
-        """Attempts whose client hung up before it got the whole answer."""
-        return sum(attempt.state == "cancelled" for attempt in self.journal)
+        """Attempts whose client hung up before it got the whole answer.
+
+        They include those that timed out.
+        """
+        cancelled = sum(attempt.state == "cancelled" for attempt in self.journal)
+        return cancelled + self.timed_out
+
+    @property
+    def timed_out(self) -> int:
+        """Attempts whose client hung up when its own time limit was over."""
+        return sum(attempt.state == "timed out" for attempt in self.journal)
 
     @property
     def waits(self) -> float:
@@ -110,15 +119,43 @@ class Timeline:
         return lanes
 
     @property
+    def rows(self) -> list[list[Attempt]]:
+        """One row for each call, in order of arrival: its attempts.
+
+        A retry is in the row of a call with the same prompt that needs one.
+        """
+        rows: list[list[Attempt]] = []
+        waiting: dict[tuple[str, int], list[list[Attempt]]] = {}  # for this retry
+        for attempt in self.journal:
+            candidates = waiting.get((attempt.prompt, attempt.attempt), [])
+            row = next((r for r in candidates if r[-1].end <= attempt.arrival), None)
+            if row is None:
+                rows.append(row := [])
+            else:
+                candidates.remove(row)
+            row.append(attempt)
+            waiting.setdefault((attempt.prompt, attempt.attempt + 1), []).append(row)
+        return rows
+
+    @property
     def sentence(self) -> str:
         """What the picture shows, in one sentence."""
         counts = "1 call" if self.calls == 1 else f"{self.calls} calls"
-        for word in ("retried", "failed", "cancelled"):
-            counts += f", {getattr(self, word)} {word}" if getattr(self, word) else ""
+        for number, word in (
+            (self.retried, "retried"),
+            (self.failed, "failed"),
+            (self.cancelled - self.timed_out, "cancelled"),
+            (self.timed_out, "timed out"),
+        ):
+            counts += f", {number} {word}" if number else ""
         return (
             f"{self.name}: {counts}, at most {self.peak_in_flight} in flight, "
             f"{self.wall:.2f} s; the waits add up to {self.waits:.2f} s."
         )
+
+    def mark(self, text: str) -> None:
+        """Mark this moment of the run in the picture."""
+        self.marks.append((time.monotonic() - self._entered, text))
 
     @staticmethod
     def compare(*runs: "Timeline") -> "Comparison":
@@ -129,6 +166,8 @@ class Timeline:
         self._provider = current()
         mark = self._provider.ask(f"/_provider/journal?since={10**12}")
         self._since, self._start = mark["next"], mark["now"]
+        self._entered = time.monotonic()
+        self.marks = []
         self._changed = 0  # number of the last change that we read
         self._known: dict[int, Attempt] = {}  # by number in the stub's journal
         self._open: dict[int, Any] = {}  # entries that have not ended
@@ -232,21 +271,33 @@ class Comparison:
 
 
 def _bars(run: Timeline) -> list[str]:
-    """One line per call: its prompt, a bar on the time axis, its seconds.
+    """One line per call: its number and prompt, its attempts as bars, its seconds.
 
     In a bar, ░ means waiting for the first byte and █ receiving. The last character
-    is × for an error, / if the client hung up, and > if it is still in flight.
+    is × for an error, / if the call was cancelled, T if it timed out, and > if it is
+    still in flight. A line with ^ is for a moment that the block marked.
     """
     wall = max(run.wall, 1e-9)
-    marks = {"answered": "█", "failed": "×", "cancelled": "/", "in flight": ">"}
+    states = {"answered": "█", "failed": "×", "cancelled": "/", "timed out": "T"}
     lines = []
-    for attempt in run.journal[:ROWS]:
-        moments = attempt.arrival, attempt.first_byte, attempt.end
-        start, first, last = (int(moment / wall * (COLUMNS - 1)) for moment in moments)
-        bar = " " * start + "░" * (first - start) + "█" * (last - first)
-        bar += marks[attempt.state]
-        took = attempt.end - attempt.arrival
-        lines.append(f"  {attempt.label[:24]:24} |{bar:{COLUMNS}}| {took:.2f} s")
-    if run.attempts > ROWS:
-        lines.append(f"  … and {run.attempts - ROWS} more")
+
+    def column(moment: float) -> int:
+        return min(int(moment / wall * (COLUMNS - 1)), COLUMNS - 1)
+
+    def line(label: str, bar: str, seconds: float) -> None:
+        lines.append(f"  {label[:28]:28} |{bar:{COLUMNS}}| {seconds:.2f} s")
+
+    rows = run.rows
+    for number, row in enumerate(rows[:ROWS], 1):
+        bar = ""
+        for attempt in row:
+            start, first = column(attempt.arrival), column(attempt.first_byte)
+            end = column(attempt.end)
+            bar = bar[:start].ljust(start) + "░" * (first - start) + "█" * (end - first)
+            bar += states.get(attempt.state, ">")
+        line(f"{number:2} {row[0].label}", bar, row[-1].end - row[0].arrival)
+    for moment, text in run.marks:
+        line(text, " " * column(moment) + "^", moment)
+    if len(rows) > ROWS:
+        lines.append(f"  … and {len(rows) - ROWS} more")
     return lines

@@ -8,6 +8,9 @@ from typing import Any
 
 PROMPT_PREVIEW = 80  # characters of each prompt that the journal keeps
 MAX_ATTEMPTS = 20_000  # that the journal keeps; older ones are dropped
+# Share of its timeout after which a client that hangs up has timed out. Not 1, because
+# the client's clock starts when it sends, and a busy machine reads that late.
+TIMEOUT_SHARE = 0.8
 # Faults with which the client still gets a complete, well-formed answer.
 HARMLESS_FAULTS = frozenset({"slow", "content_filter"})
 
@@ -28,6 +31,8 @@ class Attempt:
     """HTTP status; None until it is sent."""
     disconnected: bool = False
     """Whether the client hung up before it got the whole answer."""
+    timeout: float | None = None
+    """Seconds that the client waits for the next byte; None if it didn't say so."""
     request_id: str = ""
     model: str = ""
     prompt: str = ""
@@ -47,11 +52,18 @@ class Attempt:
 
     @property
     def state(self) -> str:
-        """in flight, cancelled (the client hung up), failed or answered."""
+        """in flight, cancelled or timed out (the client hung up), failed or answered.
+
+        A client that hangs up during the answer counts as cancelled, because its
+        timeout starts again with each byte.
+        """
         if self.end is None:
             return "in flight"
         if self.disconnected:
-            return "cancelled"
+            waited = self.end - self.arrival
+            silent = self.first_byte is None and self.timeout is not None
+            timed_out = silent and waited >= TIMEOUT_SHARE * (self.timeout or 0)
+            return "timed out" if timed_out else "cancelled"
         spoiled = self.fault and self.fault not in HARMLESS_FAULTS
         return "failed" if spoiled or (self.status or 500) >= 400 else "answered"
 
@@ -82,9 +94,9 @@ class Journal:
         self._statuses: Counter[str] = Counter()
         self._sums = Counter(requests=0, prompt_tokens=0, completion_tokens=0)
 
-    def arrive(self, route: str, attempt: int) -> Attempt:
+    def arrive(self, route: str, attempt: int, timeout: float | None = None) -> Attempt:
         """Add an entry for a request whose head has been read."""
-        entry = Attempt(self._next, route, attempt, self.now())
+        entry = Attempt(self._next, route, attempt, self.now(), timeout=timeout)
         self._next += 1
         self._attempts.append(entry)
         self._change(entry)

@@ -33,6 +33,7 @@ DEFAULT_MODELS = ["gpt-3.5-turbo-instruct", "gpt-3.5-turbo"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENTRY = web.RequestKey("entry", Attempt)
 LIMITS = web.RequestKey("limits", dict[str, str])
+TIMEOUT = re.compile(r"[0-9]{1,9}([.][0-9]{1,9})?")  # seconds
 
 warnings.simplefilter("ignore", aiohttp.BadContentDispositionHeader)
 warnings.simplefilter("ignore", aiohttp.BadContentDispositionParam)
@@ -124,7 +125,8 @@ class Server:
         if request.path.startswith(CONTROL):
             return await self._control(request, handler)
         journal = self._state.journal
-        entry = journal.arrive(f"{request.method} {request.path}", _attempt(request))
+        route = f"{request.method} {request.path}"
+        entry = journal.arrive(route, _attempt(request), _timeout(request))
         request[ENTRY] = entry
         complete = False  # if it stays False, the client has hung up
         try:
@@ -316,3 +318,9 @@ def _attempt(request: web.Request) -> int:
     """Which attempt this is, from the SDK's header with its number of retries."""
     retries = request.headers.get("x-stainless-retry-count", "0")
     return 1 + int(retries) if retries.isdecimal() and len(retries) < 10 else 1
+
+
+def _timeout(request: web.Request) -> float | None:
+    """The client's read timeout in seconds, from the SDK's header; None without one."""
+    text = request.headers.get("x-stainless-read-timeout", "")
+    return float(text) if TIMEOUT.fullmatch(text) else None

@@ -11,12 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.client import HTTPConnection
 from typing import Any
+from unittest import mock
 
 import aiohttp
 import IPython.display
 import openai
 import pytest
 from langchain_openai import ChatOpenAI, OpenAI
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from helpers import Timeline, connect, connection
@@ -51,6 +54,15 @@ def picture(shown: Any) -> Image.Image:
     image = Image.open(io.BytesIO(data)).convert("RGB")
     assert len(image.getcolors(2**24) or []) > 2
     return image
+
+
+def texts(shown: Any) -> list[str]:
+    """All texts in the picture."""
+    with mock.patch.object(Figure, "savefig", autospec=True) as save:
+        shown._repr_png_()
+    figure: Figure = save.call_args.args[0]
+    found = [text.get_text() for text in figure.findobj(Text)]
+    return [text for text in found if text.strip()]
 
 
 def attempt(number: int, **fields: Any) -> Attempt:
@@ -148,10 +160,10 @@ def test_timeout_and_retry_are_counted_and_marked(
     with Timeline("timeout") as run, pytest.raises(openai.APITimeoutError):
         impatient.invoke(PROMPTS[0])
     assert (run.attempts, run.calls, run.retried, run.cancelled) == (2, 1, 1, 2)
-    assert (run.failed, run.peak_in_flight) == (0, 1)
-    assert "1 call, 1 retried, 2 cancelled" in run.sentence
-    assert [bar.strip()[-1] for bar in bars(run)] == ["/", "/"]
-    assert "(retry 1) Who wrote" in repr(run)
+    assert (run.timed_out, run.failed, run.peak_in_flight) == (2, 0, 1)
+    assert "1 call, 1 retried, 2 timed out" in run.sentence
+    [bar] = bars(run)  # the retry is in the same row
+    assert re.fullmatch(r"░+T +░+T", bar.strip())
 
 
 def test_cancelled_coroutine_is_counted_and_marked(
@@ -361,14 +373,75 @@ def test_sentence_has_the_figures_of_the_run() -> None:
 
 
 def test_bar_shows_times_and_state_of_a_call() -> None:
-    marks = {"answered": "█", "failed": "×", "cancelled": "/", "in flight": ">"}
-    for state, mark in marks.items():
+    marks = {"answered": "█", "failed": "×", "cancelled": "/", "timed out": "T"}
+    for state, mark in {**marks, "in flight": ">"}.items():
         run = timeline_of(attempt(0), attempt(50, state=state, prompt="a\n  b"))
         first, second = bars(run)
         assert len(first) == len(second) == COLUMNS
         assert re.fullmatch(r"░+█+ *", first)
         assert re.fullmatch(rf" +░+█*{mark} *", second)
-        assert "  a b   " in repr(run)
+        assert "\n   2 a b   " in repr(run)
+
+
+def test_retry_is_in_the_row_of_its_call() -> None:
+    first = attempt(0, prompt="a", state="timed out", end=0.3)
+    twin = attempt(1, prompt="a", state="timed out", end=0.9)
+    other = attempt(2, prompt="b")
+    retry = attempt(40, prompt="a", attempt=2, state="failed")
+    twin_retry = attempt(95, prompt="a", attempt=2)
+    second_retry = attempt(120, prompt="a", attempt=3)
+    unknown = attempt(130, prompt="c", attempt=2)  # its call is not in this run
+
+    run = timeline_of(first, twin, other, retry, twin_retry, second_retry, unknown)
+
+    assert run.rows == [
+        [first, retry, second_retry],
+        [twin, twin_retry],
+        [other],
+        [unknown],
+    ]
+    assert len(bars(run)) == 4
+
+
+def test_marked_moment_is_shown_in_text_and_picture(provider: Provider) -> None:
+    with Timeline("marked") as run:
+        run.mark("you gave up here")
+    [(moment, _)] = run.marks
+    assert 0 <= moment <= run.wall
+    [bar] = bars(run)
+    assert bar.strip() == "^"
+    assert "you gave up here" in repr(run)
+    assert " you gave up here " in texts(run)
+    with run:
+        pass
+    assert run.marks == []
+
+
+def test_picture_has_numbered_rows_with_prompts_and_seconds() -> None:
+    run = timeline_of(
+        attempt(0, prompt="Why?"), attempt(1, state="timed out", prompt="Who?")
+    )
+    shown = texts(run)
+    assert [text for text in shown if text in ("1", "2", "Why?", "Who?")] == [
+        "1",
+        "Why?",
+        "2",
+        "Who?",
+    ]
+    assert [text.strip() for text in shown if text.endswith(" s")] == [
+        "0.60 s",
+        "T 0.60 s",
+    ]
+    assert "timed out T" in shown
+    assert "cancelled /" not in shown  # the legend has only what is drawn
+
+
+def test_comparison_has_numbered_bars_and_the_time_of_each_run() -> None:
+    slow = timeline_of(attempt(0), attempt(300), name="slow")
+    fast = timeline_of(attempt(0, prompt="a"), attempt(1, prompt="b"), name="fast")
+    shown = texts(Timeline.compare(slow, fast))
+    assert [text for text in shown if text.isdecimal()][:4] == ["1", "2", "1", "2"]
+    assert [text.strip() for text in shown if text.endswith(" s")] == ["3.6 s", "0.6 s"]
 
 
 def test_only_the_first_bars_of_a_long_run_are_shown() -> None:
@@ -443,8 +516,6 @@ def test_comparison_has_a_row_for_each_run() -> None:
 def test_comparison_has_one_time_axis_for_all_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from matplotlib.figure import Figure
-
     slow = timeline_of(attempt(0), attempt(180), name="slow")
     fast = timeline_of(attempt(0), name="fast")
     drawn: list[Figure] = []

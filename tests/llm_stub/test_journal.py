@@ -125,7 +125,8 @@ def test_sdk_retries_are_counted(provider: Provider, client: OpenAI) -> None:
         impatient.completions.create(model="m", prompt="Why?")
     attempts = finished_attempts(provider)
     assert [entry["attempt"] for entry in attempts] == [1, 2]
-    assert {entry["state"] for entry in attempts} == {"cancelled"}
+    assert {entry["state"] for entry in attempts} == {"timed out"}
+    assert {entry["timeout"] for entry in attempts} == {0.3}
 
 
 def max_overlap(entries: list[Json]) -> int:
@@ -219,6 +220,17 @@ def test_disconnect_during_the_request_is_recorded(
     assert (entry["state"], entry["first_byte"]) == ("cancelled", None)
 
 
+@pytest.mark.parametrize("text", ["soon", "-1", "1e9", "nan", "١", "9" * 40])
+def test_odd_timeout_header_is_ignored(provider: Provider, text: str) -> None:
+    connection = http.client.HTTPConnection(provider.url.removeprefix("http://"))
+    headers = {"x-stainless-read-timeout": text.encode("utf-8")}
+    connection.request("GET", "/v1/models", headers=headers)
+    connection.getresponse().read()
+    connection.close()
+    [entry] = finished_attempts(provider)
+    assert (entry["state"], entry["timeout"]) == ("answered", None)
+
+
 def test_cancelled_task_is_recorded(
     provider: Provider, until_in_flight: Callable[[int], None]
 ) -> None:
@@ -235,7 +247,8 @@ def test_cancelled_task_is_recorded(
                 await call
 
     asyncio.run(main())
-    assert [entry["state"] for entry in finished_attempts(provider)] == ["cancelled"]
+    [entry] = finished_attempts(provider)
+    assert (entry["state"], entry["timeout"]) == ("cancelled", 600)  # the SDK's own
 
 
 def test_call_in_flight_has_the_state_in_flight(
