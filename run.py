@@ -1,9 +1,10 @@
-"""Command line of this project: lab, test, doctor, notebooks, bench.
+"""Command line of this project: lab, test, doctor, notebooks, exercises, bench.
 
     python run.py lab        open the notebooks in JupyterLab
     python run.py test       run every check: style, types, tests, notebooks
     python run.py doctor     check that this machine can run the notebooks
     python run.py notebooks  execute the notebooks and store their outputs
+    python run.py exercises  write the exercises from their solutions
     python run.py bench      compare all ways; also `bench bounds`, `bench stub`
 
 Each command sets up `.venv` first: once, and again when requirements.lock changes or
@@ -30,6 +31,8 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS = ROOT / "notebooks"
+SOLUTIONS = NOTEBOOKS / "solutions"
+EXERCISES = NOTEBOOKS / "exercises"
 BENCHMARKS = ROOT / "benchmarks"
 LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
@@ -193,13 +196,47 @@ def test(*words: str) -> int:
 
 def notebooks(*names: str) -> int:
     """Execute all notebooks, or those named, and store their outputs."""
-    paths = [NOTEBOOKS / (Path(name).stem + ".ipynb") for name in names]
+    paths = in_folder(NOTEBOOKS, names)
+    code = execute(paths)
+    if code == 0:
+        PICTURE.write_bytes(last_picture(NOTEBOOKS / "00_start_here.ipynb"))
+    return code
+
+
+def exercises(*names: str) -> int:
+    """Execute the solutions, all or those named, and write the exercises from them.
+
+    An exercise is a solution without the cells that have the tag `solution`.
+    """
+    paths = in_folder(SOLUTIONS, names)
+    options = [
+        "--TagRemovePreprocessor.enabled=True",
+        "--TagRemovePreprocessor.remove_cell_tags=solution",
+        "--output-dir={}".format(EXERCISES),
+    ]
+    return (
+        execute(paths)
+        or call(PYTHON, "-m", "nbconvert", "--to=notebook", *options, *paths)
+        or execute([EXERCISES / path.name for path in paths])
+    )
+
+
+def in_folder(folder: Path, names: "tuple[str, ...]") -> "list[Path]":
+    """The notebooks with these names, or all in the folder."""
+    paths = [folder / (Path(name).stem + ".ipynb") for name in names]
     for path in paths:
         if not path.exists():
             fail(
-                "no such notebook: {}. Use a name from the folder notebooks, for "
-                "example 01_make_one_call.".format(path.relative_to(ROOT))
+                "no such notebook: {}. Use a name from the folder {}, for example "
+                "02_use_a_thread_pool.".format(
+                    path.relative_to(ROOT), folder.relative_to(ROOT)
+                )
             )
+    return paths or sorted(folder.glob("*.ipynb"))
+
+
+def execute(paths: "list[Path]") -> int:
+    """Execute notebooks and store their outputs; return the exit code."""
     options = [
         "--to=notebook",
         "--execute",
@@ -213,12 +250,10 @@ def notebooks(*names: str) -> int:
         "--ClearMetadataPreprocessor.preserve_nb_metadata_mask="
         "{'kernelspec', ('language_info', 'name')}",
     ]
-    paths = paths or sorted(NOTEBOOKS.glob("*.ipynb"))
     code = call(PYTHON, "-m", "nbconvert", *options, *paths)
     if code == 0:
         for path in paths:
             drop_widget_views(path)
-        PICTURE.write_bytes(last_picture(NOTEBOOKS / "00_start_here.ipynb"))
     return code
 
 
@@ -271,6 +306,7 @@ COMMANDS = {
     "test": test,
     "doctor": doctor,
     "notebooks": notebooks,
+    "exercises": exercises,
     "bench": bench,
 }
 

@@ -75,13 +75,15 @@ def pytest_collection_modifyitems(
 
 
 class LoadFileExceptRunAll(LoadFileScheduling):  # type: ignore[misc] # has no types
-    """Keeps each file's tests in one worker, except those of test_run_all.py.
+    """Keeps each file's tests in one worker, except those of two slow files.
 
-    It is by far the slowest file and its tests share nothing, so each of them
-    goes to the next free worker.
+    The tests of test_run_all.py share nothing, so each of them goes to the next free
+    worker. In test_exercises.py, the tests of a lesson stay together.
     """
 
     def _split_scope(self, nodeid: str) -> str:
+        if "test_exercises.py" in nodeid:
+            return nodeid.partition("[")[2][:2] or nodeid
         return nodeid if "test_run_all.py" in nodeid else super()._split_scope(nodeid)
 
 
