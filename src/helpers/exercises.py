@@ -42,6 +42,7 @@ class Trial:
         self.task = task
         self.run = Timeline(self.name)  # what the stub saw of the latest call
         self.seconds = 0.0  # that the latest call took
+        self.blocked = 0.0  # the longest time that it blocked the event loop, seconds
 
     @property
     def figures(self) -> str:
@@ -55,19 +56,26 @@ class Trial:
         if not holds:
             raise NotYet(hint)
 
-    def call(self, *args: Any, until_quiet: bool = False, if_raises: str = "") -> Any:
+    def call(
+        self,
+        *args: Any,
+        until_quiet: bool = False,
+        may_raise: bool = False,
+        if_raises: str = "",
+    ) -> Any:
         """Call the solution with these arguments; return its result.
 
         With `until_quiet`, the run also has what happens after the solution has
-        returned. Raises NotYet if the solution did nothing or raised an error; then
-        `if_raises` is added to the hint.
+        returned. With `may_raise`, an exception is a result. Otherwise it raises
+        NotYet, with `if_raises` added to the hint. Also raises NotYet if the solution
+        did nothing.
         """
         self._start()
         with self.run:
             try:
                 result = self.solution(*args)
             except Exception as error:
-                raise self._explain(error, if_raises) from None
+                result = self._caught(error, may_raise, if_raises)
             finally:
                 self._stop(until_quiet)
             if until_quiet:
@@ -81,26 +89,47 @@ class Trial:
         return self._done(result)
 
     async def call_async(
-        self, *args: Any, until_quiet: bool = False, if_raises: str = ""
+        self,
+        *args: Any,
+        until_quiet: bool = False,
+        may_raise: bool = False,
+        if_raises: str = "",
     ) -> Any:
-        """Like `call`, for a solution that is a coroutine function."""
+        """Like `call`, for a solution that is a coroutine function.
+
+        Also measures for how long it blocked the event loop.
+        """
         self._start()
-        with self.run:
-            try:
-                result = self.solution(*args)
-                if inspect.isawaitable(result):
-                    result = await result
-                elif result is not None and result is not ...:
-                    raise NotYet(f"Write {self.name} with `async def`, not `def`.")
-            except NotYet:
-                raise
-            except Exception as error:
-                raise self._explain(error, if_raises) from None
-            finally:
-                self._stop(until_quiet)
-            if until_quiet:
-                await asyncio.to_thread(current().ask, QUIET)
+        watch = asyncio.create_task(self._watch_loop())
+        await asyncio.sleep(0)  # so that it starts
+        try:
+            with self.run:
+                try:
+                    result = self.solution(*args)
+                    if inspect.isawaitable(result):
+                        result = await result
+                    elif result is not None and result is not ...:
+                        raise NotYet(f"Write {self.name} with `async def`, not `def`.")
+                except NotYet:
+                    raise
+                except Exception as error:
+                    result = self._caught(error, may_raise, if_raises)
+                finally:
+                    self._stop(until_quiet)
+                if until_quiet:
+                    await asyncio.to_thread(current().ask, QUIET)
+            await asyncio.sleep(0.1)  # to notice a block at its end
+        finally:
+            watch.cancel()
         return self._done(result)
+
+    async def _watch_loop(self) -> None:
+        interval = 0.05  # seconds
+        while True:
+            start = time.perf_counter()
+            await asyncio.sleep(interval)
+            pause = time.perf_counter() - start - interval
+            self.blocked = max(self.blocked, pause)
 
     def _start(self) -> None:
         if not callable(self.solution):
@@ -110,6 +139,7 @@ class Trial:
             )
         current().ask(QUIET)  # an earlier try may have left calls in flight
         self.run = Timeline(self.name)
+        self.blocked = 0.0
         self._started = time.perf_counter()
 
     def _stop(self, mark: bool) -> None:
@@ -122,8 +152,10 @@ class Trial:
             raise NotYet(self.task)
         return result
 
-    def _explain(self, error: Exception, advice: str) -> NotYet:
-        """The hint for an error in the solution: what it was, and in which line."""
+    def _caught(self, error: Exception, may_raise: bool, advice: str) -> Exception:
+        """The error if it may be raised. If not, NotYet: what it was, and where."""
+        if may_raise:
+            return error
         file = getattr(getattr(self.solution, "__code__", None), "co_filename", "")
         where = ""
         for frame in traceback.extract_tb(error.__traceback__):
@@ -131,7 +163,7 @@ class Trial:
                 line = linecache.getline(file, frame.lineno).strip()
                 where = f" in line {frame.lineno} of the cell: {line}"
         raised = f"{self.name} raised {type(error).__name__}{where}\n  {error}"
-        return NotYet(f"{raised}\n{advice}".rstrip())
+        raise NotYet(f"{raised}\n{advice}".rstrip()) from None
 
 
 Judge = Callable[[Trial], str] | Callable[[Trial], Awaitable[str]]

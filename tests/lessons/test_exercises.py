@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 ANSWERS = Path(__file__).parent / "answers"
-LESSONS_WITH_EXERCISES = ["02"]
+LESSONS_WITH_EXERCISES = ["01", "02", "03", "04"]
 CHECK_LINE = re.compile(r"^(?:await )?(\w+)\(\w+\)$")
 
 
