@@ -27,7 +27,7 @@ MARK_HEIGHT = 0.16  # inches between a run and its title, if it has marks
 # Okabe and Ito's colours. Hatches and marks distinguish the states, too.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 AMBER = "#8A6500"
-WAITING, RECEIVING = "waiting for the first byte", "receiving"
+WAITING, RECEIVING = "waiting", "receiving"
 STYLES: dict[str, dict[str, Any]] = {
     WAITING: {"facecolor": "#CCE3F0", "edgecolor": BLUE},
     RECEIVING: {"facecolor": BLUE, "edgecolor": BLUE},
@@ -46,7 +46,7 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
 
     A single run has a row for each call, with its prompt beside it. With more than
     MAX_LABELLED_ROWS calls, and in a comparison, a run has as many rows as it had
-    attempts in flight.
+    attempts in flight at its peak.
     """
     labelled = not table and len(runs[0].rows) <= MAX_LABELLED_ROWS
     drawn = [run.rows if labelled else run.lanes for run in runs]
@@ -57,6 +57,8 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
     seconds = max(max(run.wall for run in runs), 0.001)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     figure.text(0.02, 1 - 0.1 / height, table, va="top", family="monospace", size=8.5)
+    prompts = [row[0].prompt for run in runs for row in run.rows]
+    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts), 1)}
     left = LABELS if labelled else LEFT
     width = (WIDTH - left - RIGHT) / WIDTH
     used: set[str] = set()
@@ -68,7 +70,8 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
         if labelled:
             _label_rows(axes, rows)
         else:
-            _number_bars(axes, run, rows, seconds)
+            _number_bars(axes, rows, numbers, seconds)
+            _write_time(axes, run, rows)
         for moment, text in run.marks:
             _draw_mark(axes, moment, text, seconds)
         title = run.name if table else run.sentence
@@ -113,39 +116,41 @@ def _label_rows(axes: Axes, rows: "list[list[Attempt]]") -> None:
     """Write each call's number and prompt beside its bars, and its time after them."""
     room = int((LABELS - LEFT) / LETTER_WIDTH) - 3
     for y, row in enumerate(rows):
-        label, took = row[0].label, row[-1].end - row[0].arrival
-        if len(label) > room:
-            label = label[: room - 1].rstrip() + "…"
+        took = row[-1].end - row[0].arrival
         beside = axes.get_yaxis_transform()  # x in widths of the axes, y in rows
         x = (LEFT - LABELS) / (WIDTH - LABELS - RIGHT)
         style: dict[str, Any] = {"va": "center", "size": 8, "transform": beside}
         axes.text(x + 0.02, y, str(y + 1), ha="right", **style)
-        axes.text(x + 0.03, y, label, **style)
+        axes.text(x + 0.03, y, row[0].label(room), **style)
         mark = MARKED.get(row[-1].state, "")[-1:]
         text = f" {mark} {took:.2f} s"
         axes.text(row[-1].end, y, text, va="center", size=8, path_effects=OUTLINE)
 
 
 def _number_bars(
-    axes: Axes, run: "Timeline", rows: "list[list[Attempt]]", seconds: float
+    axes: Axes, rows: "list[list[Attempt]]", numbers: dict[str, int], seconds: float
 ) -> None:
-    """Write each call's number into its bars, and the run's time after the last."""
-    if len(rows) <= MAX_LABELLED_ROWS:
-        numbers = {id(a): n for n, row in enumerate(run.rows, 1) for a in row}
-        letter = LETTER_WIDTH / (WIDTH - LEFT - RIGHT) * seconds
-        for y, row in enumerate(rows):
-            for attempt in row:
-                text = f"{numbers[id(attempt)]}{MARKED.get(attempt.state, '')[-1:]}"
-                if attempt.end - attempt.arrival > letter * (len(text) + 1):
-                    x = attempt.arrival + letter / 2
-                    axes.text(x, y, text, va="center", size=8, path_effects=OUTLINE)
-    last = max((attempt.end for attempt in run.journal), default=0)
-    middle = (len(rows) - 1) / 2
-    axes.text(last, middle, f"  {run.wall:.1f} s", va="center", size=9, weight="bold")
+    """Write the number of its prompt into each bar that has room for it."""
+    if len(rows) > MAX_LABELLED_ROWS:
+        return
+    letter = LETTER_WIDTH / (WIDTH - LEFT - RIGHT) * seconds
+    for y, row in enumerate(rows):
+        for attempt in row:
+            text = str(numbers[attempt.prompt])
+            if attempt.end - attempt.arrival > letter * (len(text) + 1):
+                x = attempt.arrival + letter / 2
+                axes.text(x, y, text, va="center", size=8, path_effects=OUTLINE)
+
+
+def _write_time(axes: Axes, run: "Timeline", rows: "list[list[Attempt]]") -> None:
+    """Write how long the run took after the bar that ended last."""
+    ends = [(attempt.end, y) for y, row in enumerate(rows) for attempt in row]
+    end, y = max(ends, default=(0, 0))
+    axes.text(end, y, f"  {run.wall:.1f} s", va="center", size=9, weight="bold")
 
 
 def _draw_mark(axes: Axes, moment: float, text: str, seconds: float) -> None:
-    """Draw a vertical line with a text, on the side where there is more room."""
+    """Draw a vertical line, with its text on the side that has more room."""
     axes.axvline(moment, color=VERMILION, linewidth=1.2, linestyle="--", zorder=3)
     early = moment < seconds / 2
     axes.annotate(

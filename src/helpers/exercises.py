@@ -1,4 +1,4 @@
-"""Exercises that check themselves: try a reader's function, and say what was seen.
+"""Self-checking exercises: run a reader's function, and report what happened.
 
     @judge
     def one_by_one(trial: Trial) -> str:
@@ -7,9 +7,9 @@
         trial.expect(trial.run.calls == 2, "Send one call for each question.")
         return trial.figures
 
-The reader writes `one_by_one(my_function)`. It prints what the judge returned, or
-"not yet" with the hint for the first expectation that isn't met. It raises nothing:
-an error in the reader's function is shown as a hint, too.
+The reader runs `one_by_one(my_function)`. This call prints what the judge returned, or
+"not yet" with the hint for the first expectation that isn't met. An error in the
+reader's function isn't raised. It is shown as a hint, too.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ import inspect
 import linecache
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from IPython.display import display
@@ -26,7 +27,7 @@ from IPython.display import display
 from .connection import current
 from .timeline import Timeline
 
-QUIET = "/_provider/journal?settle=9"  # seconds that calls in flight get to end
+QUIET = "/_provider/journal?settle=9"  # seconds to wait for calls in flight to end
 
 
 class NotYet(Exception):  # noqa: N818 - not an error
@@ -34,15 +35,15 @@ class NotYet(Exception):  # noqa: N818 - not an error
 
 
 class Trial:
-    """One check of a solution: calls it, and keeps what it returned and did."""
+    """One check of a solution: calls the solution, and records what the stub saw."""
 
     def __init__(self, solution: Any, task: str) -> None:
         self.solution = solution
         self.name = getattr(solution, "__name__", "your function")
         self.task = task
         self.run = Timeline(self.name)  # what the stub saw of the latest call
-        self.seconds = 0.0  # that the latest call took
-        self.blocked = 0.0  # the longest time that it blocked the event loop, seconds
+        self.seconds = 0.0  # how long the latest call of the solution took
+        self.blocked = 0.0  # longest time the event loop was blocked, in seconds
 
     @property
     def figures(self) -> str:
@@ -61,21 +62,22 @@ class Trial:
         *args: Any,
         until_quiet: bool = False,
         may_raise: bool = False,
-        if_raises: str = "",
+        advice: Mapping[str, str] = MappingProxyType({}),
     ) -> Any:
         """Call the solution with these arguments; return its result.
 
-        With `until_quiet`, the run also has what happens after the solution has
-        returned. With `may_raise`, an exception is a result. Otherwise it raises
-        NotYet, with `if_raises` added to the hint. Also raises NotYet if the solution
-        did nothing.
+        With `until_quiet`, the run also includes what happens after the solution has
+        returned. With `may_raise`, an exception is returned as the result. Otherwise,
+        an exception leads to NotYet. `advice` has sentences to add to the hint, each
+        for a part of the exception's name or message. A solution that did nothing
+        leads to NotYet, too.
         """
         self._start()
         with self.run:
             try:
                 result = self.solution(*args)
             except Exception as error:
-                result = self._caught(error, may_raise, if_raises)
+                result = self._caught(error, may_raise, advice)
             finally:
                 self._stop(until_quiet)
             if until_quiet:
@@ -93,7 +95,7 @@ class Trial:
         *args: Any,
         until_quiet: bool = False,
         may_raise: bool = False,
-        if_raises: str = "",
+        advice: Mapping[str, str] = MappingProxyType({}),
     ) -> Any:
         """Like `call`, for a solution that is a coroutine function.
 
@@ -101,7 +103,7 @@ class Trial:
         """
         self._start()
         watch = asyncio.create_task(self._watch_loop())
-        await asyncio.sleep(0)  # so that it starts
+        await asyncio.sleep(0)  # let the watcher start
         try:
             with self.run:
                 try:
@@ -112,15 +114,23 @@ class Trial:
                         raise NotYet(f"Write {self.name} with `async def`, not `def`.")
                 except NotYet:
                     raise
-                except Exception as error:
-                    result = self._caught(error, may_raise, if_raises)
+                except (Exception, asyncio.CancelledError) as error:
+                    task = asyncio.current_task()
+                    if task and task.cancelling():  # not the solution, but the reader
+                        raise
+                    result = self._caught(error, may_raise, advice)
                 finally:
                     self._stop(until_quiet)
                 if until_quiet:
                     await asyncio.to_thread(current().ask, QUIET)
-            await asyncio.sleep(0.1)  # to notice a block at its end
+            await asyncio.sleep(0.1)  # to notice if the solution blocked at its end
         finally:
             watch.cancel()
+        if inspect.isawaitable(result):
+            raise NotYet(
+                f"{self.name} returned something that nobody has awaited: "
+                f"{type(result).__name__}. Write `return await …`."
+            )
         return self._done(result)
 
     async def _watch_loop(self) -> None:
@@ -134,7 +144,7 @@ class Trial:
     def _start(self) -> None:
         if not callable(self.solution):
             raise NotYet(
-                f"The check needs the function itself, without parentheses, and got "
+                f"The check needs the function itself, without parentheses, but got "
                 f"{self.solution!r:.80}."
             )
         current().ask(QUIET)  # an earlier try may have left calls in flight
@@ -149,11 +159,14 @@ class Trial:
 
     def _done(self, result: Any) -> Any:
         if self.run.calls == 0 and (result is None or result is ...):
-            raise NotYet(self.task)
+            returned = f" ({self.name} returned None.)" if result is None else ""
+            raise NotYet(self.task + returned)
         return result
 
-    def _caught(self, error: Exception, may_raise: bool, advice: str) -> Exception:
-        """The error if it may be raised. If not, NotYet: what it was, and where."""
+    def _caught(
+        self, error: BaseException, may_raise: bool, advice: Mapping[str, str]
+    ) -> BaseException:
+        """Return the error if the solution may raise it. If not, raise NotYet."""
         if may_raise:
             return error
         file = getattr(getattr(self.solution, "__code__", None), "co_filename", "")
@@ -161,16 +174,17 @@ class Trial:
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == file and frame.lineno:
                 line = linecache.getline(file, frame.lineno).strip()
-                where = f" in line {frame.lineno} of the cell: {line}"
-        raised = f"{self.name} raised {type(error).__name__}{where}\n  {error}"
-        raise NotYet(f"{raised}\n{advice}".rstrip()) from None
+                where = f"\n  in line {frame.lineno} of the cell: {line}"
+        what = f"{type(error).__name__}: {error}".rstrip(": ")
+        hints = [text for part, text in advice.items() if part in what]
+        raise NotYet("\n".join([f"{self.name} raised {what}{where}", *hints])) from None
 
 
 Judge = Callable[[Trial], str] | Callable[[Trial], Awaitable[str]]
 
 
 def judge(function: Judge) -> Callable[[Any], Any]:
-    """Turn a judge into a check for notebooks. Its docstring says what is to do."""
+    """Turn a judge into a check for notebooks. Its docstring states the task."""
     task = " ".join((function.__doc__ or "").split())
 
     @functools.wraps(function)

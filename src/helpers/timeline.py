@@ -7,6 +7,7 @@ run
 
 import contextlib
 import html
+import textwrap
 import threading
 import time
 from dataclasses import dataclass
@@ -28,15 +29,16 @@ class Attempt:
 
     prompt: str
     attempt: int  # 1; higher for a client's own retries
-    state: str  # answered, failed, cancelled, timed out (both: hung up) or in flight
+    state: str  # answered, failed, in flight; cancelled or timed out if it hung up
     arrival: float
     first_byte: float  # the end if there was none
     end: float  # the end of the run if it is still in flight
 
-    @property
-    def label(self) -> str:
-        """The prompt on one line."""
-        return " ".join(self.prompt.split())
+    def label(self, room: int) -> str:
+        """The prompt on one line, in at most this many characters."""
+        words = " ".join(self.prompt.split())
+        short = textwrap.shorten(words, room, placeholder="…")
+        return short if len(short) > room / 2 or short == words else words[:room]
 
 
 class Timeline:
@@ -76,21 +78,17 @@ class Timeline:
 
     @property
     def cancelled(self) -> int:
-        """Attempts whose client hung up before it got the whole answer.
-
-        They include those that timed out.
-        """
-        cancelled = sum(attempt.state == "cancelled" for attempt in self.journal)
-        return cancelled + self.timed_out
+        """Attempts whose client hung up early for another reason than its timeout."""
+        return sum(attempt.state == "cancelled" for attempt in self.journal)
 
     @property
     def timed_out(self) -> int:
-        """Attempts whose client hung up when its own time limit was over."""
+        """Attempts whose client hung up because its own timeout expired."""
         return sum(attempt.state == "timed out" for attempt in self.journal)
 
     @property
     def waits(self) -> float:
-        """The total of the seconds that each attempt took."""
+        """The total time of all attempts, in seconds."""
         return sum(attempt.end - attempt.arrival for attempt in self.journal)
 
     @property
@@ -120,12 +118,14 @@ class Timeline:
 
     @property
     def rows(self) -> list[list[Attempt]]:
-        """One row for each call, in order of arrival: its attempts.
+        """One row for each call, in order of arrival. A row lists the call's attempts.
 
-        A retry is in the row of a call with the same prompt that needs one.
+        A retry joins the first row with the same prompt whose last attempt has ended.
         """
         rows: list[list[Attempt]] = []
-        waiting: dict[tuple[str, int], list[list[Attempt]]] = {}  # for this retry
+        waiting: dict[
+            tuple[str, int], list[list[Attempt]]
+        ] = {}  # rows that this retry may join
         for attempt in self.journal:
             candidates = waiting.get((attempt.prompt, attempt.attempt), [])
             row = next((r for r in candidates if r[-1].end <= attempt.arrival), None)
@@ -142,9 +142,9 @@ class Timeline:
         """What the picture shows, in one sentence."""
         counts = "1 call" if self.calls == 1 else f"{self.calls} calls"
         for number, word in (
-            (self.retried, "retried"),
+            (self.retried, "retry" if self.retried == 1 else "retries"),
             (self.failed, "failed"),
-            (self.cancelled - self.timed_out, "cancelled"),
+            (self.cancelled, "cancelled"),
             (self.timed_out, "timed out"),
         ):
             counts += f", {number} {word}" if number else ""
@@ -295,7 +295,7 @@ def _bars(run: Timeline) -> list[str]:
             end = column(attempt.end)
             bar = bar[:start].ljust(start) + "░" * (first - start) + "█" * (end - first)
             bar += states.get(attempt.state, ">")
-        line(f"{number:2} {row[0].label}", bar, row[-1].end - row[0].arrival)
+        line(f"{number:2} {row[0].label(25)}", bar, row[-1].end - row[0].arrival)
     for moment, text in run.marks:
         line(text, " " * column(moment) + "^", moment)
     if len(rows) > ROWS:

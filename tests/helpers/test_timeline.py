@@ -159,9 +159,9 @@ def test_timeout_and_retry_are_counted_and_marked(
     impatient = OpenAI(timeout=0.3, max_retries=1)
     with Timeline("timeout") as run, pytest.raises(openai.APITimeoutError):
         impatient.invoke(PROMPTS[0])
-    assert (run.attempts, run.calls, run.retried, run.cancelled) == (2, 1, 1, 2)
+    assert (run.attempts, run.calls, run.retried, run.cancelled) == (2, 1, 1, 0)
     assert (run.timed_out, run.failed, run.peak_in_flight) == (2, 0, 1)
-    assert "1 call, 1 retried, 2 timed out" in run.sentence
+    assert "1 call, 1 retry, 2 timed out" in run.sentence
     [bar] = bars(run)  # the retry is in the same row
     assert re.fullmatch(r"░+T +░+T", bar.strip())
 
@@ -363,7 +363,7 @@ def test_sentence_has_the_figures_of_the_run() -> None:
         name="mixed",
     )
     assert run.sentence == (
-        "mixed: 2 calls, 1 retried, 1 failed, 1 cancelled, at most 3 in flight, "
+        "mixed: 2 calls, 1 retry, 1 failed, 1 cancelled, at most 3 in flight, "
         "0.63 s; the waits add up to 1.80 s."
     )
     assert repr(run).startswith(run.sentence)

@@ -5,7 +5,6 @@ JupyterLab's button sends SIGINT to the kernel.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nbformat
+import psutil
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 
@@ -52,6 +52,25 @@ with ThreadPoolExecutor(max_workers=4) as executor:
 """
 
 
+# The cells that lesson 03's table is about.
+GATHER = """
+answers = []
+answers = await asyncio.gather(*[llm.ainvoke(prompt) for prompt in prompts])
+"""
+APPEND = """
+answers = []
+async def ask(prompt):
+    answers.append(await llm.ainvoke(prompt))
+await asyncio.gather(*[ask(prompt) for prompt in prompts])
+"""
+BLOCKING = """
+answers = []
+async def ask(prompt):
+    answers.append(llm.invoke(prompt))
+await asyncio.gather(*[ask(prompt) for prompt in prompts[:4]])
+"""
+
+
 def cells(lesson: str) -> list[Any]:
     [path] = NOTEBOOKS.glob(f"{lesson}_*.ipynb")
     return list(nbformat.read(path, as_version=4).cells)
@@ -70,7 +89,7 @@ def table(lesson: str) -> list[list[str]]:
     return [[field.strip() for field in row] for row in rows[2:]]
 
 
-Interrupt = Callable[[str, int], None]
+Interrupt = Callable[..., None]
 
 
 @pytest.fixture
@@ -86,17 +105,27 @@ def kernel(
 def interrupt(
     provider: Provider, kernel: BlockingKernelClient, run_cell: RunCell
 ) -> Interrupt:
-    """Run a cell, press ■ when so many calls have been sent, and wait for its end."""
-    process_id, error = run_cell(kernel, SETUP)
-    assert error == ""
+    """Run a cell, press ■ in the middle, and wait for its end.
 
-    def interrupt(source: str, sent: int) -> None:
+    That is when so many calls have been sent and answered, and the kernel is waiting.
+    """
+    printed, error = run_cell(kernel, SETUP)
+    assert error == ""
+    process = psutil.Process(int(printed))
+
+    def interrupt(source: str, sent: int, answered: int = 0) -> None:
         provider.ask("/_provider/reset", "POST")
         message = kernel.execute(source, stop_on_error=False)
         deadline = time.monotonic() + TIMEOUT
-        while requests(provider) < sent:
+        busy = -1.0
+        while (
+            requests(provider) < sent
+            or ended(provider, "200") < answered
+            or busy != (busy := process.cpu_times().user)
+        ):
             assert time.monotonic() < deadline
-        os.kill(int(process_id), signal.SIGINT)
+            time.sleep(0.1)  # the kernel computes for less than this at each event
+        process.send_signal(signal.SIGINT)
         while kernel.get_shell_msg(timeout=TIMEOUT)["parent_header"]["msg_id"] != (
             message
         ):
@@ -107,6 +136,11 @@ def interrupt(
 
 def requests(provider: Provider) -> int:
     return int(provider.ask("/_provider/stats")["requests"])
+
+
+def ended(provider: Provider, status: str) -> int:
+    """How many calls have ended with this status."""
+    return int(provider.ask("/_provider/stats")["statuses"].get(status, 0))
 
 
 def count(kernel: BlockingKernelClient, run_cell: RunCell, name: str) -> int:
@@ -130,6 +164,35 @@ def test_interrupt_of_a_thread_pool_is_as_the_table_of_lesson_02_says(
     assert f"{requests(provider)} of 12" == sent
     kept = count(kernel, run_cell, "kept" if row == 2 else "answers")
     assert str(kept) == answers
+
+
+@pytest.mark.parametrize(("code", "row"), [(GATHER, 0), (APPEND, 1), (BLOCKING, 2)])
+def test_interrupt_of_coroutines_is_as_the_table_of_lesson_03_says(
+    code: str,
+    row: int,
+    provider: Provider,
+    kernel: BlockingKernelClient,
+    interrupt: Interrupt,
+    run_cell: RunCell,
+) -> None:
+    _, effect, left = table("03")[row]
+    provider.configure(first_token=5, jitter=0.5)  # the answers arrive one by one
+
+    interrupt(code, *((1, 0) if row == 2 else (12, 2)))
+
+    answered, cancelled = ended(provider, "200"), ended(provider, "disconnected")
+    kept = count(kernel, run_cell, "answers")
+    if row == 2:
+        assert effect == "nothing until all the calls have finished"
+        assert left == "all"
+        assert kept == answered == 4
+    else:
+        assert effect == "cancels the other calls when the next answer arrives"
+        assert answered >= 3
+        assert cancelled == 12 - answered > 0
+        assert left == ("none" if row == 0 else "the ones that had arrived before")
+        assert (kept > 0) == (row == 1)
+        assert kept < answered  # the one that arrived after ■ is lost
 
 
 def test_lesson_02_shows_the_code_that_its_table_is_about() -> None:

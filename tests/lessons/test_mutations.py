@@ -58,8 +58,8 @@ MUTATIONS = [
     Mutation(
         "01_make_one_call",
         "one call in flight at a time",
-        "[llm.invoke(prompt) for prompt in prompts]",
-        "chat.batch(prompts)",
+        "for prompt in prompts:\n        answers.append(chat.invoke(prompt).content)",
+        "answers = chat.batch(prompts)",
     ),
     Mutation(
         "02_use_a_thread_pool",
@@ -70,15 +70,15 @@ MUTATIONS = [
     Mutation(
         "03_gather_coroutines",
         "all twelve were in flight together",
-        "[llm.ainvoke(p) for p in prompts]",
-        "[asyncio.to_thread(llm.invoke, p) for p in prompts]",
+        "answer = await llm.ainvoke(prompt)\n    return threading",
+        "answer = llm.invoke(prompt)\n    return threading",
     ),
     Mutation(
         "04_choose_threads_or_asyncio",
-        "40 calls gathered, at most 32 in flight",
-        "[asyncio.to_thread(llm.invoke, q) for q in questions(40)]",
-        "[llm.ainvoke(q) for q in questions(40)]",
-        cells=("def questions", 'Timeline("to_thread")'),
+        "in flight: the default size",
+        "[asyncio.to_thread(llm.invoke, prompt) for prompt in prompts]",
+        "[llm.ainvoke(prompt) for prompt in prompts]",
+        cells=("def run_pool", 'Timeline("to_thread")'),
     ),
     Mutation(
         "05_bound_what_is_in_flight",

@@ -17,6 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if not path.stem.startswith("00")]
+PART_1 = NOTEBOOKS[:5]
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+EXERCISES = sorted((ROOT / "notebooks" / "exercises").glob("*.ipynb"))
 SETUP = (
     "from helpers import Timeline, check, connect\n\n"
     r"provider = connect\((\w+=[\w.]+(, )?)*\)"
@@ -75,13 +78,17 @@ NOT_COMPARED = {
     "02_use_a_thread_pool": {
         "逐次": "two threads print at the same time",
         "in as_completed(futures)": "answers that arrive close together may swap",
-        'Timeline("lost")': "rejections are so quick that few or many overlap",
+        "answered = stopped.calls": "how many are sent before the failure is a race",
+        "_max_workers": "the default size depends on the CPUs",
     },
     "03_gather_coroutines": {
-        "asyncio.as_completed(calls)": "answers that arrive close together may swap",
+        "as_completed(coroutines)": "answers that arrive close together may swap",
     },
-    "04_choose_threads_or_asyncio": {
-        "Timeline.compare(stubborn, obedient)": "cancelled before all were sent",
+    "exercises/04_choose_threads_or_asyncio": {
+        "forty_at_once(": "before it is repaired, it uses the default pool",
+    },
+    "solutions/04_choose_threads_or_asyncio": {
+        "forty_at_once(": "the exercise has the same cell",
     },
     "05_bound_what_is_in_flight": {
         'Timeline("all at once")': "how many are sent before the first answer arrives",
@@ -143,8 +150,17 @@ def tags(cell: Any) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
 
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def name(path: Path) -> str:
+    """The path below the folder `notebooks`, without its suffix."""
+    return path.relative_to(ROOT / "notebooks").with_suffix("").as_posix()
+
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+every_lesson = pytest.mark.parametrize("path", LESSONS, ids=name)
+every_lesson_of_part_1 = pytest.mark.parametrize("path", PART_1, ids=name)
+every_file = pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, *SOLUTIONS, *EXERCISES], ids=name
+)
 
 
 def test_all_lessons_exist() -> None:
@@ -163,7 +179,7 @@ def test_article_programs_are_word_for_word(name: str) -> None:
     assert [unindented(source) for source in marked] == [unindented(ARTICLE[name])]
 
 
-@every_notebook
+@every_file
 def test_is_valid_and_contains_no_keys_paths_or_machine_names(path: Path) -> None:
     notebook = read(path)
     text = path.read_text("utf-8")
@@ -187,7 +203,7 @@ def test_is_valid_and_contains_no_keys_paths_or_machine_names(path: Path) -> Non
         assert set(cell.metadata) <= {"tags"}
 
 
-@every_notebook
+@every_file
 def test_starts_with_the_only_h1_and_skips_no_heading_level(path: Path) -> None:
     levels = [level for level, _ in headings(path)]
 
@@ -196,7 +212,7 @@ def test_starts_with_the_only_h1_and_skips_no_heading_level(path: Path) -> None:
     assert all(deeper <= level + 1 for level, deeper in pairwise(levels))
 
 
-@every_notebook
+@every_file
 def test_first_cell_has_question_minutes_needs_and_aim(path: Path) -> None:
     _, question, plan = read(path).cells[0].source.split("\n\n")
 
@@ -229,10 +245,10 @@ def test_sections_are_questions_and_traps_then_the_closing_ones(path: Path) -> N
 def test_asks_for_predictions_explains_and_checks(path: Path) -> None:
     assert "**Predict.**" in prose(path)
     assert "**What just happened.**" in prose(path)
-    assert sum("check(" in cell.source for cell in code_cells(path)) >= 5
+    assert sum(cell.source.count("check(") for cell in code_cells(path)) >= 5
 
 
-@every_notebook
+@every_file
 def test_code_cells_are_short(path: Path) -> None:
     lengths = []
     for cell in code_cells(path):
@@ -244,9 +260,8 @@ def test_code_cells_are_short(path: Path) -> None:
     assert median(lengths) <= 8
 
 
-@every_notebook
-def test_stated_minutes_match_the_length(path: Path) -> None:
-    """150 words of prose or ten lines of code a minute, rounded up to five.
+def length(path: Path) -> float:
+    """The minutes that it takes: 150 words of prose or ten lines of code a minute.
 
     Not counted: details that a reader opens, and all that follows *Your turn*.
     """
@@ -260,11 +275,70 @@ def test_stated_minutes_match_the_length(path: Path) -> None:
             lines += sum(bool(line.strip()) for line in text.splitlines())
         if your_turn:
             break
-
-    assert minutes(path) == 5 * math.ceil((words / 150 + lines / 10) / 5)
+    return words / 150 + lines / 10
 
 
 @every_notebook
+def test_stated_minutes_match_the_length(path: Path) -> None:
+    assert minutes(path) == 5 * math.ceil(length(path) / 5)
+
+
+def test_part_1_takes_at_most_90_minutes() -> None:
+    assert sum(map(length, PART_1)) <= 90
+
+
+@pytest.mark.parametrize("path", EXERCISES, ids=name)
+def test_exercises_take_10_to_20_minutes(path: Path) -> None:
+    assert 10 <= minutes(path) <= 20
+
+
+@every_lesson_of_part_1
+def test_your_turn_has_a_quiz_with_hidden_answers(path: Path) -> None:
+    your_turn = prose(path).partition("## Your turn")[2]
+    questions = re.findall(r"^\*\*\d\. .*[?]\*\*$", your_turn, re.MULTILINE)
+    answers = re.findall(
+        r"^<details><summary>Answer</summary>\n\n.+?\n\n</details>$",
+        your_turn,
+        re.MULTILINE | re.DOTALL,
+    )
+
+    assert 2 <= len(questions) <= 3
+    assert len(answers) == len(questions)
+
+
+@pytest.mark.parametrize("path", EXERCISES, ids=name)
+def test_lesson_links_to_its_exercises_with_a_sentence_for_each_task(
+    path: Path,
+) -> None:
+    your_turn = prose(ROOT / "notebooks" / path.name).partition("## Your turn")[2]
+    tasks = [text for _, text in headings(path) if text.startswith("Task ")]
+
+    assert f"(exercises/{path.name})" in your_turn
+    assert len(re.findall(r"^\d\. ", your_turn, re.MULTILINE)) == len(tasks)
+
+
+def test_glossary_links_each_term_to_the_lesson_that_introduces_it() -> None:
+    text = (ROOT / "notebooks" / "glossary.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \[\d\d\]\((.+)\) \|$", text, re.M)
+    terms = [term for term, _ in rows]
+    bold = {path.name: re.findall(r"\*\*(.+?)\*\*", prose(path)) for path in PART_1}
+    introduced = {
+        (term, lesson) for lesson in bold for term in terms if term in bold[lesson]
+    }
+
+    assert terms == sorted(terms, key=str.casefold)
+    assert introduced == set(rows)
+
+
+def test_readme_shows_the_script_of_lesson_03() -> None:
+    cells = code_cells(ROOT / "notebooks" / "03_gather_coroutines.ipynb")
+    [script] = [cell.source for cell in cells if "script" in tags(cell)]
+    code = script.partition("\n")[2]
+
+    assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text("utf-8")
+
+
+@every_file
 def test_code_is_formatted_except_article_programs(path: Path, tmp_path: Path) -> None:
     notebook = read(path)
     notebook.cells = [cell for cell in notebook.cells if "article" not in tags(cell)]
@@ -277,7 +351,7 @@ def test_code_is_formatted_except_article_programs(path: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@every_notebook
+@every_file
 def test_every_picture_has_a_description(path: Path) -> None:
     assert "![](" not in prose(path)
     assert not re.search(r"<img(?![^>]*\balt=)", prose(path))
@@ -292,7 +366,7 @@ def test_every_picture_has_a_description(path: Path) -> None:
         assert all(printed or not text.startswith("<Figure") for text in drawn)
 
 
-@every_notebook
+@every_file
 def test_outputs_are_stored_from_one_run_in_order(path: Path) -> None:
     cells = code_cells(path)
 
@@ -302,7 +376,7 @@ def test_outputs_are_stored_from_one_run_in_order(path: Path) -> None:
             assert cell.outputs, cell.source
 
 
-@every_notebook
+@every_file
 def test_stored_outputs_show_no_ids_or_times(path: Path) -> None:
     """They differ in every run, and a reader learns nothing from them."""
     for cell in code_cells(path):
@@ -311,7 +385,7 @@ def test_stored_outputs_show_no_ids_or_times(path: Path) -> None:
         assert not re.search(r"(?<![\d.])1[6-9]\d{8}(?![\d.])", shown), cell.source
 
 
-@every_notebook
+@every_file
 def test_stores_no_unexpected_error_or_warning(
     path: Path,
 ) -> None:
@@ -322,37 +396,37 @@ def test_stores_no_unexpected_error_or_warning(
             assert output.get("name") != "stderr", cell.source
 
 
-@every_notebook
+@every_file
 def test_only_listed_cells_are_not_compared(path: Path) -> None:
     ignored = [
         cell.source for cell in code_cells(path) if "nbval-ignore-output" in tags(cell)
     ]
-    reasons = NOT_COMPARED.get(path.stem, {})
+    reasons = NOT_COMPARED.get(name(path), {})
 
     for source in ignored:
         assert any(part in source for part in reasons), source
     assert len(ignored) == len(reasons)
 
 
-@every_notebook
+@every_file
 def test_relative_links_exist(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", prose(path)):
         if not target.startswith("https://"):
             assert (path.parent / target).exists(), target
 
 
-@every_notebook
+@every_file
 def test_links_name_the_number_of_their_lesson(path: Path) -> None:
     for text, number in re.findall(r"\[(\d\d)[^\]]*\]\((\d\d)_", prose(path)):
         assert text == number
 
 
-@every_notebook
+@every_file
 def test_uses_plain_jupyter_markdown(path: Path) -> None:
     assert not re.search(r"^```\{|^:::|^> \[!", prose(path), re.MULTILINE)
 
 
-@every_notebook
+@every_file
 def test_has_no_sleeps_hidden_warnings_or_long_outputs(path: Path) -> None:
     for cell in code_cells(path):
         assert "filterwarnings" not in cell.source

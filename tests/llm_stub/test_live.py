@@ -1746,7 +1746,7 @@ def test_timeline_shows_live_calls(upstream: Provider) -> None:
     with Timeline("two calls") as run:
         run_async(two_calls)
     assert (run.calls, run.peak_in_flight, run.failed) == (2, 2, 0)
-    assert [attempt.label for attempt in run.journal] == [SKY, SKY]
+    assert [attempt.prompt for attempt in run.journal] == [SKY, SKY]
     assert run.waits >= 2 * 0.5
 
 
