@@ -209,7 +209,15 @@ def exercises(*names: str) -> int:
     An exercise is a solution without the cells that have the tag `solution`.
     """
     paths = in_folder(SOLUTIONS, names)
+    for path in paths:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        if not any("solution" in cell["metadata"].get("tags", []) for cell in cells):
+            fail(
+                "no cell of {} has the tag `solution`, so the exercise would show the "
+                "solution. Add the tag.".format(path.relative_to(ROOT))
+            )
     options = [
+        "--ClearOutputPreprocessor.enabled=True",
         "--TagRemovePreprocessor.enabled=True",
         "--TagRemovePreprocessor.remove_cell_tags=solution",
         "--output-dir={}".format(EXERCISES),

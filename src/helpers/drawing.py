@@ -11,6 +11,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox, TransformedBbox
 
 if TYPE_CHECKING:
     from .timeline import Attempt, Timeline
@@ -20,24 +21,25 @@ LEFT, RIGHT, LABELS = 0.2, 0.6, 2.3  # inches: margins, and labels beside the ba
 ROW_HEIGHT = 0.24  # inches, if there are few rows
 MAX_HEIGHT = 3.6  # inches for all rows of one run
 MAX_LABELLED_ROWS = 14  # with more, rows are too thin for text
+MAX_EDGED_ROWS = 100  # with more, rows are too thin for edges and hatches
 LETTER_WIDTH = 0.066  # inches
 TITLE_HEIGHT, LEGEND_HEIGHT = 0.3, 0.5  # inches above each run, below the last
 MARK_HEIGHT = 0.16  # inches between a run and its title, if it has marks
 
-# Okabe and Ito's colours. Hatches and marks distinguish the states, too.
+# Okabe and Ito's colours. Hatches distinguish the states, too.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 AMBER = "#8A6500"
 WAITING, RECEIVING = "waiting", "receiving"
 STYLES: dict[str, dict[str, Any]] = {
     WAITING: {"facecolor": "#CCE3F0", "edgecolor": BLUE},
     RECEIVING: {"facecolor": BLUE, "edgecolor": BLUE},
-    "failed ×": {"facecolor": "#F7DFCC", "edgecolor": VERMILION, "hatch": "xxx"},
-    "cancelled /": {"facecolor": "#E0E0E0", "edgecolor": GREY, "hatch": "///"},
-    "timed out T": {"facecolor": "#FAE9C0", "edgecolor": AMBER, "hatch": "---"},
-    "in flight >": {"facecolor": "white", "edgecolor": GREEN, "hatch": "..."},
+    "failed": {"facecolor": "#F7DFCC", "edgecolor": VERMILION, "hatch": "xxx"},
+    "cancelled": {"facecolor": "#E0E0E0", "edgecolor": GREY, "hatch": "///"},
+    "timed out": {"facecolor": "#FAE9C0", "edgecolor": AMBER, "hatch": "---"},
+    "in flight": {"facecolor": "white", "edgecolor": GREEN, "hatch": "..."},
 }
-MARKED = {style[:-2]: style for style in list(STYLES)[2:]}  # by state
 OUTLINE = [withStroke(linewidth=3, foreground="white")]
+BESIDE = Bbox(((0, 0), ((LABELS - 0.08) / WIDTH, 1)))  # where labels may be
 
 
 @matplotlib.rc_context({"text.parse_math": False, "hatch.linewidth": 0.5})
@@ -79,7 +81,7 @@ def png(runs: "Sequence[Timeline]", table: str = "") -> bytes:
         axes.tick_params(labelbottom=run is runs[-1], labelsize=8)
     axes.set_xlabel("seconds", size=8, labelpad=1, loc="left")
     key = [Patch(label=name, **STYLES[name]) for name in STYLES if name in used]
-    figure.legend(handles=key, loc="lower right", ncols=5, frameon=False, fontsize=8)
+    figure.legend(handles=key, loc="lower right", ncols=6, frameon=False, fontsize=8)
     file = io.BytesIO()
     with warnings.catch_warnings():  # characters missing from the font become boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
@@ -93,12 +95,14 @@ def _draw_bars(axes: Axes, rows: "list[list[Attempt]]", seconds: float) -> set[s
     thin = len(rows) > MAX_LABELLED_ROWS
     # half a bar's height, its edge width
     half, width = (0.5, 0.3) if thin else (0.4, 0.8)
+    if len(rows) > MAX_EDGED_ROWS:  # the edges would hide the bars
+        width = 0
     for y, row in enumerate(rows):
         for attempt in row:
             start, first, end = attempt.arrival, attempt.first_byte, attempt.end
             pieces = [(WAITING, start, first), (RECEIVING, first, end)]
-            if attempt.state in MARKED:
-                pieces = [(MARKED[attempt.state], start, end)]
+            if attempt.state in STYLES:
+                pieces = [(attempt.state, start, end)]
             for style, left, right in pieces:
                 if style == RECEIVING and right - left < seconds / 500:
                     continue  # a complete answer in one piece: nothing to see
@@ -106,7 +110,8 @@ def _draw_bars(axes: Axes, rows: "list[list[Attempt]]", seconds: float) -> set[s
                 corners += [(right, y + half), (left, y + half)]
                 bars.setdefault(style, []).append(corners)
     for style, drawn in bars.items():
-        axes.add_collection(PolyCollection(drawn, linewidth=width, **STYLES[style]))
+        options = STYLES[style] | ({} if width else {"hatch": None})
+        axes.add_collection(PolyCollection(drawn, linewidth=width, **options))
     axes.set(xlim=(0, seconds), ylim=(max(len(rows), 1) - 0.5, -0.5), yticks=[])
     axes.spines[["top", "right", "left"]].set_visible(False)
     return set(bars)
@@ -121,9 +126,10 @@ def _label_rows(axes: Axes, rows: "list[list[Attempt]]") -> None:
         x = (LEFT - LABELS) / (WIDTH - LABELS - RIGHT)
         style: dict[str, Any] = {"va": "center", "size": 8, "transform": beside}
         axes.text(x + 0.02, y, str(y + 1), ha="right", **style)
-        axes.text(x + 0.03, y, row[0].label(room), **style)
-        mark = MARKED.get(row[-1].state, "")[-1:]
-        text = f" {mark} {took:.2f} s"
+        label = axes.text(x + 0.03, y, row[0].label(room), **style)
+        label.set_clip_on(True)  # wide letters must not run into the bars
+        label.set_clip_box(TransformedBbox(BESIDE, axes.figure.transFigure))
+        text = f"  {took:.2f} s" if took < 100 else f"  {took:.0f} s"
         axes.text(row[-1].end, y, text, va="center", size=8, path_effects=OUTLINE)
 
 

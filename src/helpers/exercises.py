@@ -13,21 +13,23 @@ reader's function isn't raised. It is shown as a hint, too.
 """
 
 import asyncio
+import copy
 import functools
 import inspect
 import linecache
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 from IPython.display import display
 
-from .connection import current
+from .connection import ProviderError, current
 from .timeline import Timeline
 
-QUIET = "/_provider/journal?settle=9"  # seconds to wait for calls in flight to end
+QUIET = 0.2  # seconds without a new call after which an earlier try has ended
 
 
 class NotYet(Exception):  # noqa: N818 - not an error
@@ -42,6 +44,8 @@ class Trial:
         self.name = getattr(solution, "__name__", "your function")
         self.task = task
         self.run = Timeline(self.name)  # what the stub saw of the latest call
+        self.tokens = {"in": 0, "out": 0}  # used by the latest call of the solution
+        self.raised = False  # whether its result is an exception that it raised
         self.seconds = 0.0  # how long the latest call of the solution took
         self.blocked = 0.0  # longest time the event loop was blocked, in seconds
 
@@ -68,20 +72,20 @@ class Trial:
 
         With `until_quiet`, the run also includes what happens after the solution has
         returned. With `may_raise`, an exception is returned as the result. Otherwise,
-        an exception leads to NotYet. `advice` has sentences to add to the hint, each
-        for a part of the exception's name or message. A solution that did nothing
+        an exception leads to NotYet. `advice` maps parts of the exception's name or
+        message to sentences that are added to the hint. A solution that did nothing
         leads to NotYet, too.
         """
         self._start()
         with self.run:
             try:
-                result = self.solution(*args)
-            except Exception as error:
+                result = snapshot(self.solution(*map(snapshot, args)))
+            except (Exception, SystemExit) as error:
                 result = self._caught(error, may_raise, advice)
             finally:
                 self._stop(until_quiet)
             if until_quiet:
-                current().ask(QUIET)
+                wait_until_quiet()
         if inspect.iscoroutine(result):
             result.close()
             raise NotYet(
@@ -99,36 +103,37 @@ class Trial:
     ) -> Any:
         """Like `call`, for a solution that is a coroutine function.
 
-        Also measures for how long it blocked the event loop.
+        Also measures how long the solution blocked the event loop.
         """
-        self._start()
+        await asyncio.to_thread(self._start)  # calls of an earlier try need the loop
         watch = asyncio.create_task(self._watch_loop())
         await asyncio.sleep(0)  # let the watcher start
         try:
             with self.run:
                 try:
-                    result = self.solution(*args)
+                    result = self.solution(*map(snapshot, args))
                     if inspect.isawaitable(result):
-                        result = await result
+                        result = snapshot(await result)
                     elif result is not None and result is not ...:
                         raise NotYet(f"Write {self.name} with `async def`, not `def`.")
                 except NotYet:
                     raise
-                except (Exception, asyncio.CancelledError) as error:
+                except (Exception, SystemExit, asyncio.CancelledError) as error:
                     task = asyncio.current_task()
-                    if task and task.cancelling():  # not the solution, but the reader
+                    cancelled = isinstance(error, asyncio.CancelledError)
+                    if cancelled and task and task.cancelling():  # by the reader
                         raise
                     result = self._caught(error, may_raise, advice)
                 finally:
                     self._stop(until_quiet)
                 if until_quiet:
-                    await asyncio.to_thread(current().ask, QUIET)
-            await asyncio.sleep(0.1)  # to notice if the solution blocked at its end
+                    await asyncio.to_thread(wait_until_quiet)
+            await asyncio.sleep(0.1)  # to notice a solution that blocks at its end
         finally:
             watch.cancel()
         if inspect.isawaitable(result):
             raise NotYet(
-                f"{self.name} returned something that nobody has awaited: "
+                f"{self.name} returned something that was never awaited: "
                 f"{type(result).__name__}. Write `return await …`."
             )
         return self._done(result)
@@ -147,9 +152,16 @@ class Trial:
                 f"The check needs the function itself, without parentheses, but got "
                 f"{self.solution!r:.80}."
             )
-        current().ask(QUIET)  # an earlier try may have left calls in flight
+        if current().live:
+            raise NotYet("Exercises use the stub. Unset LLM_LIVE, and run connect().")
+        if not wait_until_quiet():
+            raise NotYet(
+                "An earlier try is still sending calls. Wait until it has ended, or "
+                "restart the kernel."
+            )
         self.run = Timeline(self.name)
-        self.blocked = 0.0
+        self.blocked, self.raised = 0.0, False
+        self._used = current().ask("/_provider/stats")
         self._started = time.perf_counter()
 
     def _stop(self, mark: bool) -> None:
@@ -158,6 +170,9 @@ class Trial:
             self.run.mark(f"{self.name} returned")
 
     def _done(self, result: Any) -> Any:
+        now, before = current().ask("/_provider/stats"), self._used
+        names = {"in": "prompt_tokens", "out": "completion_tokens"}
+        self.tokens = {key: now[n] - before[n] for key, n in names.items()}
         if self.run.calls == 0 and (result is None or result is ...):
             returned = f" ({self.name} returned None.)" if result is None else ""
             raise NotYet(self.task + returned)
@@ -168,16 +183,34 @@ class Trial:
     ) -> BaseException:
         """Return the error if the solution may raise it. If not, raise NotYet."""
         if may_raise:
+            self.raised = True
             return error
         file = getattr(getattr(self.solution, "__code__", None), "co_filename", "")
         where = ""
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == file and frame.lineno:
                 line = linecache.getline(file, frame.lineno).strip()
-                where = f"\n  in line {frame.lineno} of the cell: {line}"
+                where = f"\n  on line {frame.lineno} of the cell: {line}"
         what = f"{type(error).__name__}: {error}".rstrip(": ")
         hints = [text for part, text in advice.items() if part in what]
         raise NotYet("\n".join([f"{self.name} raised {what}{where}", *hints])) from None
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of a list or dictionary, so that later changes don't reach it."""
+    return copy.copy(value) if isinstance(value, list | dict) else value
+
+
+def wait_until_quiet() -> bool:
+    """Wait until no call is in flight or being sent; False if that takes too long."""
+    deadline, seen = time.monotonic() + 10, -1
+    while time.monotonic() < deadline:
+        stats = current().ask("/_provider/stats")
+        if stats["in_flight"] == 0 and stats["requests"] == seen:
+            return True
+        seen = stats["requests"]
+        time.sleep(QUIET)
+    return False
 
 
 Judge = Callable[[Trial], str] | Callable[[Trial], Awaitable[str]]
@@ -190,23 +223,32 @@ def judge(function: Judge) -> Callable[[Any], Any]:
     @functools.wraps(function)
     def check(solution: Any) -> None:
         trial = Trial(solution, task)
-        try:
+        with _reported(trial):
             _report(trial, function(trial))
-        except NotYet as hint:
-            _report(trial, None, hint)
 
     @functools.wraps(function)
     async def check_async(solution: Any) -> None:
         trial = Trial(solution, task)
-        try:
+        with _reported(trial):
             _report(trial, await function(trial))  # type: ignore[misc]
-        except NotYet as hint:
-            _report(trial, None, hint)
 
     return check_async if inspect.iscoroutinefunction(function) else check
 
 
-def _report(trial: Trial, seen: Any, hint: NotYet | None = None) -> None:
+@contextmanager
+def _reported(trial: Trial) -> Iterator[None]:
+    """Print the hint if the solution isn't right, or if its result can't be judged."""
+    try:
+        yield
+    except NotYet as hint:
+        _report(trial, None, str(hint))
+    except ProviderError:
+        raise
+    except Exception as error:
+        _report(trial, None, f"The check doesn't understand the result: {error}")
+
+
+def _report(trial: Trial, seen: Any, hint: str = "") -> None:
     print(f"not yet: {hint}" if hint else f"✓ {seen}: done")
     if trial.run.calls:
         display(trial.run)

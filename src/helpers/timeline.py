@@ -31,7 +31,7 @@ class Attempt:
     attempt: int  # 1; higher for a client's own retries
     state: str  # answered, failed, in flight; cancelled or timed out if it hung up
     arrival: float
-    first_byte: float  # the end if there was none
+    first_byte: float  # the end if there was none, or if the answer isn't a stream
     end: float  # the end of the run if it is still in flight
 
     def label(self, room: int) -> str:
@@ -55,6 +55,7 @@ class Timeline:
         self.wall = 0.0  # seconds that the block took
         self.marks: list[tuple[float, str]] = []  # seconds since the start, and text
         self._live = live
+        self._entered = time.monotonic()
 
     @property
     def attempts(self) -> int:
@@ -83,7 +84,7 @@ class Timeline:
 
     @property
     def timed_out(self) -> int:
-        """Attempts whose client hung up because its own timeout expired."""
+        """Attempts whose client hung up when its timeout was over, or nearly (80%)."""
         return sum(attempt.state == "timed out" for attempt in self.journal)
 
     @property
@@ -120,21 +121,23 @@ class Timeline:
     def rows(self) -> list[list[Attempt]]:
         """One row for each call, in order of arrival. A row lists the call's attempts.
 
-        A retry joins the first row with the same prompt whose last attempt has ended.
+        A retry joins the row with the same prompt that failed first. The journal
+        doesn't say which one it belongs to, so among equal prompts this is a guess.
         """
         rows: list[list[Attempt]] = []
-        waiting: dict[
-            tuple[str, int], list[list[Attempt]]
-        ] = {}  # rows that this retry may join
+        # For each retry that may follow: the rows it may join, by when they ended.
+        waiting: dict[tuple[str, int], list[tuple[float, int]]] = {}
         for attempt in self.journal:
-            candidates = waiting.get((attempt.prompt, attempt.attempt), [])
-            row = next((r for r in candidates if r[-1].end <= attempt.arrival), None)
-            if row is None:
-                rows.append(row := [])
+            ended = waiting.get((attempt.prompt, attempt.attempt), [])
+            if ended and ended[0][0] <= attempt.arrival:
+                _, number = heappop(ended)
+                rows[number].append(attempt)
             else:
-                candidates.remove(row)
-            row.append(attempt)
-            waiting.setdefault((attempt.prompt, attempt.attempt + 1), []).append(row)
+                number = len(rows)
+                rows.append([attempt])
+            if attempt.state != "answered":
+                key = attempt.prompt, attempt.attempt + 1
+                heappush(waiting.setdefault(key, []), (attempt.end, number))
         return rows
 
     @property
@@ -155,7 +158,8 @@ class Timeline:
 
     def mark(self, text: str) -> None:
         """Mark this moment of the run in the picture."""
-        self.marks.append((time.monotonic() - self._entered, text))
+        line = " ".join(text.split())
+        self.marks.append((time.monotonic() - self._entered, line))
 
     @staticmethod
     def compare(*runs: "Timeline") -> "Comparison":
@@ -236,7 +240,8 @@ class Timeline:
         self._open |= {entry["number"]: entry for entry in page["attempts"]}
         for number, entry in list(self._open.items()):
             end = min(entry["end"] or now, now)
-            moments = entry["arrival"], min(entry["first_byte"] or end, end), end
+            first_byte = entry["first_byte"] if entry["stream"] else end
+            moments = entry["arrival"], min(first_byte or end, end), end
             prompt = entry["prompt"] or entry["route"]
             since_start = (moment - self._start for moment in moments)
             attempt = Attempt(prompt, entry["attempt"], entry["state"], *since_start)

@@ -33,7 +33,7 @@ DEFAULT_MODELS = ["gpt-3.5-turbo-instruct", "gpt-3.5-turbo"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENTRY = web.RequestKey("entry", Attempt)
 LIMITS = web.RequestKey("limits", dict[str, str])
-TIMEOUT = re.compile(r"[0-9]{1,9}([.][0-9]{1,9})?")  # seconds
+TIMEOUT = re.compile(r"[0-9]{1,9}([.][0-9]{1,30})?")  # seconds
 
 warnings.simplefilter("ignore", aiohttp.BadContentDispositionHeader)
 warnings.simplefilter("ignore", aiohttp.BadContentDispositionParam)

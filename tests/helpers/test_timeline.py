@@ -403,6 +403,26 @@ def test_retry_is_in_the_row_of_its_call() -> None:
     assert len(bars(run)) == 4
 
 
+def test_retry_is_not_in_the_row_of_an_answered_call() -> None:
+    answered = attempt(0, prompt="a")
+    failed = attempt(1, prompt="a", state="failed")
+    retry = attempt(90, prompt="a", attempt=2)
+
+    assert timeline_of(answered, failed, retry).rows == [[answered], [failed, retry]]
+
+
+def test_run_of_5000_failed_calls_and_their_retries_is_drawn_quickly() -> None:
+    first = [attempt(n, prompt="a", state="failed") for n in range(5000)]
+    retries = [attempt(n, prompt="a", attempt=2) for n in range(6000, 11000)]
+    start = time.process_time()
+
+    run = timeline_of(*first, *retries)
+    repr(run)
+    picture(run)
+
+    assert time.process_time() - start < 5
+
+
 def test_marked_moment_is_shown_in_text_and_picture(provider: Provider) -> None:
     with Timeline("marked") as run:
         run.mark("you gave up here")
@@ -413,8 +433,8 @@ def test_marked_moment_is_shown_in_text_and_picture(provider: Provider) -> None:
     assert "you gave up here" in repr(run)
     assert " you gave up here " in texts(run)
     with run:
-        pass
-    assert run.marks == []
+        run.mark("two\nlines")
+    assert [text for _, text in run.marks] == ["two lines"]
 
 
 def test_picture_has_numbered_rows_with_prompts_and_seconds() -> None:
@@ -430,17 +450,18 @@ def test_picture_has_numbered_rows_with_prompts_and_seconds() -> None:
     ]
     assert [text.strip() for text in shown if text.endswith(" s")] == [
         "0.60 s",
-        "T 0.60 s",
+        "0.60 s",
     ]
-    assert "timed out T" in shown
-    assert "cancelled /" not in shown  # the legend has only what is drawn
+    assert "timed out" in shown
+    assert "cancelled" not in shown  # the legend has only what is drawn
 
 
 def test_comparison_has_numbered_bars_and_the_time_of_each_run() -> None:
     slow = timeline_of(attempt(0), attempt(300), name="slow")
-    fast = timeline_of(attempt(0, prompt="a"), attempt(1, prompt="b"), name="fast")
+    fast = timeline_of(attempt(0), attempt(1, prompt="b"), name="fast")
     shown = texts(Timeline.compare(slow, fast))
-    assert [text for text in shown if text.isdecimal()][:4] == ["1", "2", "1", "2"]
+    numbers = [text for text in shown if text.isdecimal()]
+    assert numbers[:4] == ["1", "2", "1", "3"]  # of the prompts, in all runs
     assert [text.strip() for text in shown if text.endswith(" s")] == ["3.6 s", "0.6 s"]
 
 
