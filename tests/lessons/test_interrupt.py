@@ -84,7 +84,7 @@ def tagged(lesson: str, tag: str) -> str:
 
 def table(lesson: str) -> list[list[str]]:
     """The rows of the lesson's table about the stop button, without its head."""
-    [text] = [cell.source for cell in cells(lesson) if "■" in cell.source[:400]]
+    [text] = [cell.source for cell in cells(lesson) if "button (■)" in cell.source]
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
     return [[field.strip() for field in row] for row in rows[2:]]
 

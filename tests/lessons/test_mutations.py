@@ -75,7 +75,7 @@ MUTATIONS = [
     ),
     Mutation(
         "04_choose_threads_or_asyncio",
-        "in flight: the default size",
+        "the pool size limits the calls",
         "[asyncio.to_thread(llm.invoke, prompt) for prompt in prompts]",
         "[llm.ainvoke(prompt) for prompt in prompts]",
         cells=("def run_pool", 'Timeline("to_thread")'),
