@@ -57,7 +57,7 @@ EXPECTED_ENTRIES = {
     "null_choices": (200, "failed"),
     "content_filter": (200, "answered"),
     "slow": (200, "answered"),
-    "hang": (None, "cancelled"),
+    "hang": (None, "timed out"),
 }
 TEXTS = ["completion", "chat", "response"]
 every_kind = pytest.mark.parametrize(("kind", "stream"), KINDS_AND_STREAM)

@@ -1553,7 +1553,7 @@ def test_client_that_hangs_up_before_the_call_is_sent_is_not_charged(
         with pytest.raises(openai.APITimeoutError):
             CALLS["chat"](client)
         [entry] = settled_journal(live)
-        assert entry["state"] == "cancelled"
+        assert entry["state"] == "timed out"
         assert usage_so_far(live) == {"calls": 0, "tokens": 0}
 
 
