@@ -18,7 +18,7 @@ import pytest
 from helpers import connect, connection
 from helpers.connection import Provider
 
-TIMEOUT = 30.0  # seconds for anything, on a busy machine
+TIMEOUT = 120.0  # seconds for anything, on a busy machine
 POLL_INTERVAL = 0.02  # seconds
 MODEL = "gpt-3.5-turbo-instruct"
 PROMPT = "Hello how are you?"
